@@ -1,0 +1,216 @@
+"""Everything a user can set, as pydantic models.
+
+The field descriptions serve three times: as the reference of the YAML file, as the command line's help
+and as the form in the Prefect UI.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from msif_core.errors import InputError
+
+
+class Settings(BaseModel):
+    """Base of every settings model: immutable, and an unknown key is an error, not a silence."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class HubDataset(Settings):
+    """A dataset of the Hugging Face `datasets` library: a hub id or a local folder."""
+
+    dataset: str = Field(description="Hub id, or a local folder that `datasets.load_dataset` reads.")
+    name: str | None = Field(None, description="Configuration of the dataset, if it has several.")
+    split: str = Field("train", description="Split to read.")
+    text: str = Field("text", description="Column that holds the text.")
+    id: str | None = Field(None, description="Column that holds the id; row numbers are used without one.")
+
+
+Documents = Annotated[
+    str | HubDataset | list[str | HubDataset],
+    Field(description="Glob of .jsonl or .parquet files, a hub dataset, or a list of them."),
+]
+
+
+class Training(Settings):
+    """How a stage was trained. Needed by `msif demo`, by retraining and by `unrolled` filters."""
+
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the stage's data.")
+    batch_size: int = Field(32, ge=1, description="Sequences in an optimizer step.")
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: float = Field(0.05, ge=0, le=1, description="Share of the steps with a rising learning rate.")
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    seed: int = 0
+
+
+class Filter(Settings):
+    """A stage's spectral filter f(Lambda) (see docs/method.md)."""
+
+    kind: Literal["damped", "unrolled", "identity"] = Field(
+        "damped", description="damped: converged, with proximity. unrolled: a finite number of steps. "
+        "identity: no curvature, the gradient dot product.",
+    )
+    damping: float = Field(0.1, gt=0, description="lambda of the attributed stage, alpha of a later one.")
+    tau: float | None = Field(None, gt=0, description="Sum of learning rates, for `unrolled`.")
+    relative: bool = Field(
+        True, description="damping in units of the block's mean eigenvalue (tau: of its inverse)."
+    )
+    per_token_mean: bool = Field(
+        False, description="The training minimised a mean over tokens: absolute values are rescaled by "
+        "the mean number of target tokens of a sequence.",
+    )
+
+    @model_validator(mode="after")
+    def _unrolled_needs_tau(self) -> Filter:
+        if self.kind == "unrolled" and self.tau is None:
+            raise ValueError("filter kind 'unrolled' needs tau: set tau (relative to 1/mean eigenvalue by default)")
+        return self
+
+
+class Stage(Settings):
+    """One training phase: a checkpoint, the data it was trained on, its filter."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="Name of the stage.")
+    model: str = Field(description="Folder of the checkpoint, or a hub id.")
+    revision: str | None = Field(None, description="Revision of a hub model.")
+    documents: Documents
+    task: Literal["causal_lm", "classification"] = Field(
+        "causal_lm", description="causal_lm: next-token loss. classification: a label for each text."
+    )
+    training: Training | None = None
+    filter: Filter = Filter()
+
+
+class CorpusSettings(Settings):
+    """Documents to token sequences."""
+
+    max_length: int | None = Field(None, ge=2, description="Window length; the model's context by default.")
+    shard_sequences: int = Field(2048, ge=1, description="Target number of sequences in a shard.")
+    skip_bad_records: bool = Field(False, description="Count and skip malformed records instead of stopping.")
+
+
+class CurvatureSettings(Settings):
+    """The EK-FAC fit."""
+
+    max_sequences: int = Field(20_000, ge=1, description="Size of the random sample that the fit uses.")
+    qkv_split: Literal["none", "projection", "head"] = Field(
+        "projection", description="How fused query-key-value maps are split into blocks."
+    )
+    track_unembedding: bool = Field(False, description="Track the output head too.")
+    include: str = Field(".*", description="Regular expression: names of the modules to track.")
+    seed: int = Field(0, description="Seed of the sampled labels and of the sample of sequences.")
+    memory_budget_gb: float = Field(8.0, gt=0, description="Memory for the statistics held at one time.")
+
+
+class SketchSettings(Settings):
+    """What is stored of a whitened gradient (docs/accuracy.md has the measurements)."""
+
+    dimensions: int = Field(32_000, ge=16, description="Dimensions of the sketch.")
+    whitening: Literal["none", "kronecker", "eigen"] = Field(
+        "eigen", description="eigen: f(Lambda)^(1/2). kronecker: its rank-one fit. none: all on the query."
+    )
+    seed: int = 0
+
+
+class IndexSettings(Settings):
+    """The FAISS index."""
+
+    kind: Literal["auto", "flat", "rabitq", "ivf"] = Field(
+        "auto", description="auto: flat to 1,000 sequences, RaBitQ above, IVF above 5 million."
+    )
+    bits: int = Field(1, ge=1, le=9, description="Bits per dimension of a RaBitQ code.")
+    query_bits: int = Field(8, ge=0, le=8, description="Bits of the query in RaBitQ; 0 is exact and slow.")
+    recall_queries: int = Field(60, ge=0, description="Held-out queries that measure recall at a build.")
+    recall_sample: int = Field(20_000, ge=1, description="Sequences scored exactly to measure recall.")
+
+
+class RetrievalSettings(Settings):
+    """Candidates and re-ranking."""
+
+    top_k: int = Field(20, ge=1, description="Documents in the answer to a query.")
+    candidates: Literal["gradient", "bm25", "both"] = "both"
+    rerank_fraction: float = Field(0.02, gt=0, le=1, description="Share of the sequences re-scored exactly.")
+    rerank_min: int = Field(100, ge=1, description="At least so many sequences are re-scored.")
+    rerank_max: int = Field(500, ge=1, description="At most so many sequences are re-scored per query and source.")
+    random_sample: int = Field(200, ge=0, description="Random documents scored exactly, for percentiles.")
+
+
+class ComputeSettings(Settings):
+    """Where and how the passes run."""
+
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
+        "float32", description="The model's dtype; sums are float32 or better whatever it is."
+    )
+    batch_tokens: int = Field(4096, ge=1, description="Padded tokens in a batch.")
+    workers: int = Field(1, ge=1, description="Shards in work at a time in one process.")
+    trust_remote_code: bool = Field(False, description="Run modelling code that comes with a checkpoint.")
+
+
+class Config(Settings):
+    """One YAML file: a workspace, its stages, and how each step is done."""
+
+    workspace: Path = Field(description="Folder of everything that is built.")
+    stages: tuple[Stage, ...] = Field(min_length=1, description="In training order; stages[0] is pre-training.")
+    attribute_to: str = Field("", description="The stage whose documents are ranked; the first by default.")
+    queries: str | None = Field(None, description="Held-out queries (jsonl) that measure the index's recall.")
+    corpus: CorpusSettings = CorpusSettings()
+    curvature: CurvatureSettings = CurvatureSettings()
+    sketch: SketchSettings = SketchSettings()
+    index: IndexSettings = IndexSettings()
+    retrieval: RetrievalSettings = RetrievalSettings()
+    compute: ComputeSettings = ComputeSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _attribute_to_first(cls, data: Any) -> Any:
+        if isinstance(data, dict) and not data.get("attribute_to") and data.get("stages"):
+            first = data["stages"][0]
+            data = {**data, "attribute_to": first["name"] if isinstance(first, dict) else first.name}
+        return data
+
+    @model_validator(mode="after")
+    def _stage_names(self) -> Config:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stage names must differ: {names}")
+        if self.attribute_to not in names:
+            raise ValueError(f"attribute_to names no stage: {self.attribute_to!r}; stages are {names}")
+        return self
+
+    @property
+    def attributed_index(self) -> int:
+        """Position of the attributed stage in `stages`."""
+        return [stage.name for stage in self.stages].index(self.attribute_to)
+
+    def stage(self, name: str) -> Stage:
+        """The stage of that name."""
+        return next(stage for stage in self.stages if stage.name == name)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Config:
+        """Read a YAML file.
+
+        Raises:
+            InputError: the file is missing, is not YAML, or a value is not allowed; names the key.
+        """
+        path = Path(path)
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such configuration file") from None
+        except yaml.YAMLError as error:
+            raise InputError(f"{path}: not valid YAML: {error}") from None
+        if not isinstance(data, dict):
+            raise InputError(f"{path}: expected a mapping with the keys workspace and stages")
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            lines = [f"  {'.'.join(map(str, e['loc'])) or '(top level)'}: {e['msg']}" for e in error.errors()]
+            raise InputError(f"{path}: not a valid configuration\n" + "\n".join(lines)) from None

@@ -1,0 +1,71 @@
+"""Files that are whole or absent: written under a temporary name, synced, renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success sync it and rename it to `path`.
+
+    On an error nothing is left behind; after a kill a `.tmp-` file may remain and is never read.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` as indented JSON with sorted keys, atomically."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parse the JSON file `path`."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def fingerprint(*parts: Any) -> str:
+    """16 hex digits over the canonical JSON of `parts`: the address of what was built from them."""
+    canonical = json.dumps(parts, sort_keys=True, default=str).encode()
+    return hashlib.sha256(canonical).hexdigest()[:16]
+
+
+def build_once(path: Path, build: Callable[[Path], None]) -> Path:
+    """Return `path`, calling `build(temporary)` first if it does not stand whole beside its checksum.
+
+    A file whose bytes no longer match the checksum written beside it is rebuilt.
+    """
+    checksum = path.with_name(path.name + ".sha256")
+    if path.exists() and checksum.exists() and checksum.read_text().strip() == file_digest(path):
+        return path
+    with atomic_path(path) as temporary:
+        build(temporary)
+        digest = file_digest(temporary)
+    write_text(checksum, digest + "\n")
+    return path
