@@ -1,0 +1,67 @@
+"""Where everything that is built lies below the workspace folder."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from msif_core import storage
+from msif_core.errors import InputError
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Paths of the workspace `root`; makes no folder and opens no file but the CURRENT pointer."""
+
+    root: Path
+
+    def corpus(self, stage: str) -> Path:
+        """Token sequences of a stage, in shards."""
+        return self.root / "corpus" / stage
+
+    def factors(self, fingerprint: str) -> Path:
+        """EK-FAC factors with that address."""
+        return self.root / "factors" / fingerprint
+
+    @property
+    def generations(self) -> Path:
+        """Builds of the index."""
+        return self.root / "generations"
+
+    @property
+    def attributions(self) -> Path:
+        """Stored answers, one folder a run."""
+        return self.root / "attributions"
+
+    @property
+    def evaluations(self) -> Path:
+        """Tables of `msif evaluate` and of the demo."""
+        return self.root / "evaluations"
+
+    def published(self) -> str | None:
+        """Id of the published generation, None before the first publish."""
+        pointer = self.generations / "CURRENT"
+        return pointer.read_text().strip() if pointer.exists() else None
+
+    def publish(self, generation: str) -> None:
+        """Move the pointer to `generation`: one atomic step."""
+        if not (self.generations / generation / "manifest.json").exists():
+            raise InputError(f"generation {generation} is not complete in {self.generations}")
+        storage.write_text(self.generations / "CURRENT", generation + "\n")
+
+    def current_generation(self) -> Path:
+        """Folder of the published generation.
+
+        Raises:
+            InputError: nothing is published yet.
+        """
+        name = self.published()
+        if name is None:
+            raise InputError(f"{self.root}: no index is published yet; run `msif run CONFIG` first")
+        return self.generations / name
+
+    def new_run(self) -> str:
+        """A sortable, unique name for an attribution."""
+        return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
