@@ -1,0 +1,220 @@
+"""The stages of a configuration: their models, corpora, EK-FAC factors, and the chain they form.
+
+A step takes names and returns paths. It writes files that are whole or absent and skips what already
+stands, so each can be killed and called again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from msif_core import corpus, models, scoring, storage
+from msif_core.chain import Chain, StageCurvature
+from msif_core.config import Config
+from msif_core.curvature import filters, fit
+from msif_core.curvature.factors import Factors
+from msif_core.retrieval import FloatArray
+from msif_core.workspace import Workspace
+
+Progress = Callable[[str, int, int], None]
+
+
+def _silent(step: str, done: int, total: int) -> None:
+    """The progress callback of those who want none."""
+
+
+class Stages:
+    """One configuration and its workspace."""
+
+    def __init__(self, config: Config, progress: Progress = _silent) -> None:
+        self.config = config
+        self.workspace = Workspace(config.workspace.resolve())
+        self.progress = progress
+
+    @classmethod
+    def from_config(cls, path: str | Path, progress: Progress = _silent) -> Self:
+        """Of a YAML file.
+
+        Raises:
+            InputError: the file or a value in it is wrong.
+        """
+        return cls(Config.load(path), progress)
+
+    # -- what a stage is made of ------------------------------------------------------------------
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The configured device; `auto` takes CUDA where there is one."""
+        name = self.config.compute.device
+        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+    def model(self, stage: str) -> torch.nn.Module:
+        """The stage's frozen model (kept between calls in one process)."""
+        settings = self.config.stage(stage)
+        return models.load_model(
+            settings.model,
+            device=str(self.device),
+            dtype=self.config.compute.dtype,
+            task=settings.task,
+            revision=settings.revision,
+            trust_remote_code=self.config.compute.trust_remote_code,
+        )
+
+    def tokenizer(self, stage: str) -> Any:
+        """The stage's tokenizer, or None where the checkpoint has none."""
+        settings = self.config.stage(stage)
+        return models.load_tokenizer(settings.model, revision=settings.revision)
+
+    def maps(self, stage: str) -> list[models.TrackedMap]:
+        """The stage's tracked maps."""
+        return models.tracked_maps(self.model(stage), self.config.curvature)
+
+    def max_length(self, stage: str) -> int:
+        """Window length in tokens."""
+        context = getattr(self.model(stage).config, "max_position_embeddings", None)
+        return self.config.corpus.max_length or context or 1024
+
+    @property
+    def batch_tokens(self) -> int:
+        """Padded tokens in a batch."""
+        return self.config.compute.batch_tokens
+
+    # -- corpus -----------------------------------------------------------------------------------
+
+    def tokenize(self, stage: str) -> Path:
+        """Write the stage's documents as shards of token sequences; returns the manifest's path."""
+        settings = self.config.stage(stage)
+        return corpus.tokenize(
+            settings.documents,
+            self.workspace.corpus(stage),
+            tokenizer=self.tokenizer(stage),
+            max_length=self.max_length(stage),
+            settings=self.config.corpus,
+            task=settings.task,
+        )
+
+    def corpus_manifest(self, stage: str) -> dict[str, Any]:
+        """What `tokenize` wrote of the stage."""
+        return dict(storage.read_json(self.workspace.corpus(stage) / "manifest.json"))
+
+    def shards(self, stage: str) -> list[Path]:
+        """Sequence shards of a tokenized stage, in order."""
+        folder = self.workspace.corpus(stage)
+        return [folder / shard["sequences"] for shard in self.corpus_manifest(stage)["shards"]]
+
+    def sequence_count(self, stage: str) -> int:
+        """Number of sequences of a tokenized stage."""
+        return sum(entry["n_sequences"] for entry in self.corpus_manifest(stage)["shards"])
+
+    # -- curvature --------------------------------------------------------------------------------
+
+    def factors_fingerprint(self, stage: str) -> str:
+        """Address of the stage's factors: model weights, settings, and the data they were fitted on.
+
+        The data is that of the last full build: the pin keeps factors while documents come and go.
+        """
+        settings = self.config.stage(stage)
+        recipe = storage.fingerprint(
+            models.model_fingerprint(settings.model, revision=settings.revision),
+            self.config.curvature.model_dump(exclude={"memory_budget_gb"}),
+            self.config.compute.dtype,
+        )
+        pin = self.workspace.root / "pins" / f"{stage}.json"
+        if not pin.exists() or storage.read_json(pin)["recipe"] != recipe:
+            factors = storage.fingerprint(recipe, self.corpus_manifest(stage)["fingerprint"])
+            storage.write_json(pin, {"recipe": recipe, "factors": factors})
+        return str(storage.read_json(pin)["factors"])
+
+    def unpin(self) -> None:
+        """Forget the pinned factors: the next build fits them on the corpus as it is."""
+        for stage in self.config.stages:
+            (self.workspace.root / "pins" / f"{stage.name}.json").unlink(missing_ok=True)
+
+    def factors_folder(self, stage: str) -> Path:
+        """Folder of the stage's factors."""
+        return self.workspace.factors(self.factors_fingerprint(stage))
+
+    def fit_sample(self, stage: str, shard: int) -> corpus.Sequences:
+        """The shard's part of the random sample that the fit uses."""
+        sequences = corpus.read_shard(self.shards(stage)[shard])
+        share = min(1.0, self.config.curvature.max_sequences / self.sequence_count(stage))
+        return sequences.take(fit.sample_rows(sequences.fingerprints, share, self.config.curvature.seed))
+
+    def covariance_shard(self, stage: str, shard: int) -> Path:
+        """Sum a a^T and d d^T over one shard's sample."""
+        return self._fit_shard(stage, shard, "covariance", fit.covariance_shard)
+
+    def combine_covariances(self, stage: str) -> Path:
+        """Add the shards' sums and diagonalise them."""
+        folder = self.factors_folder(stage)
+        paths = [self.covariance_shard(stage, shard) for shard in range(len(self.shards(stage)))]
+        return fit.combine_covariances(paths, self.maps(stage), folder)
+
+    def eigenvalue_shard(self, stage: str, shard: int) -> Path:
+        """Sum the squared rotated gradients of one shard's sample."""
+        return self._fit_shard(stage, shard, "eigenvalues", fit.eigenvalue_shard)
+
+    def combine_eigenvalues(self, stage: str) -> Path:
+        """Add the shards' sums into the corrected eigenvalues; returns the finished factors' folder."""
+        folder = self.factors_folder(stage)
+        paths = [self.eigenvalue_shard(stage, shard) for shard in range(len(self.shards(stage)))]
+        return fit.combine_eigenvalues(paths, self.maps(stage), folder)
+
+    def _fit_shard(self, stage: str, shard: int, name: str, run: Callable[..., Path]) -> Path:
+        path = self.factors_folder(stage) / "partial" / f"{name}-{shard:05d}.safetensors"
+        return run(
+            self.model(stage),
+            self.maps(stage),
+            lambda: self.fit_sample(stage, shard),
+            path,
+            folder=self.factors_folder(stage),
+            settings=self.config.curvature,
+            task=self.config.stage(stage).task,
+            batch_tokens=self.batch_tokens,
+        )
+
+    def factors(self, stage: str) -> Factors:
+        """The stage's finished factors, memory-mapped."""
+        return Factors.open(self.factors_folder(stage))
+
+    def curvature(self, stage: str) -> StageCurvature:
+        """The stage's factors with its filter."""
+        factors = self.factors(stage)
+        return StageCurvature(factors, filters.from_settings(self.config.stage(stage).filter, factors.mean_targets))
+
+    def chain(self) -> Chain:
+        """Every stage's curvature and filter, from the attributed stage's point of view."""
+        stages = tuple(self.curvature(stage.name) for stage in self.config.stages)
+        return Chain(stages, self.config.attributed_index)
+
+    # -- queries and exact scores -----------------------------------------------------------------
+
+    def read_queries(self, source: Path | Sequence[dict[str, Any]]) -> corpus.Queries:
+        """Queries for the last stage's model, from a jsonl file or from records."""
+        last = self.config.stages[-1].name
+        return corpus.load_queries(source, self.tokenizer(last), self.max_length(last))
+
+    def query_gradients(self, sequences: corpus.Sequences) -> dict[str, torch.Tensor]:
+        """Gradients of the queries' losses at the last stage: map name to [Q, G, b, d_in]."""
+        last = self.config.stages[-1]
+        return scoring.query_gradients(
+            self.model(last.name), self.maps(last.name), sequences, self.batch_tokens, task=last.task
+        )
+
+    def filtered(self, sequences: corpus.Sequences) -> dict[str, torch.Tensor]:
+        """The queries' gradients passed down the chain; maps without a parent in the attributed stage drop out."""
+        chain = self.chain()
+        passed = {name: chain.filter(name, v) for name, v in self.query_gradients(sequences).items()}
+        return {name: v for name, v in passed.items() if v is not None}
+
+    def exact_scores(self, filtered: dict[str, torch.Tensor], sequences: corpus.Sequences) -> FloatArray:
+        """Exact scores of the attributed stage's sequences, float32 [Q, N]."""
+        target = self.config.stage(self.config.attribute_to)
+        return scoring.score_sequences(
+            self.model(target.name), self.maps(target.name), filtered, sequences, self.batch_tokens, task=target.task
+        )
