@@ -1,0 +1,289 @@
+"""One DuckDB catalog over a workspace: views over its Parquet files, small tables from its manifests.
+
+`publish` builds a new file and moves a pointer; readers open the file that the pointer names, read-only
+and locked, at any time. This module is the only place that opens DuckDB; its statements are in sql/.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from msif_core import storage
+from msif_core.errors import InputError
+
+SQL = Path(__file__).resolve().parents[1] / "sql"
+"""Folder of the statements: beside this package in a checkout, an editable and a plain install."""
+
+PARQUET = {
+    "documents": "corpus/*/documents-*.parquet",
+    "sequences": "corpus/*/shard-*.parquet",
+    "quarantine": "corpus/*/quarantine-*.parquet",
+    "queries": "attributions/*/queries.parquet",
+    "influences": "attributions/*/influences.parquet",
+    "layers": "attributions/*/layers.parquet",
+    "tokens": "attributions/*/tokens.parquet",
+    "samples": "attributions/*/samples.parquet",
+}
+KEPT = 3
+"""Catalog files that stay: readers may still be opening an older one."""
+
+Row = dict[str, Any]
+_connecting = threading.Lock()
+
+
+@cache
+def statements() -> dict[str, str]:
+    """All statements of sql/, by the file's stem."""
+    return {path.stem: path.read_text(encoding="utf-8") for path in sorted(SQL.glob("*.sql"))}
+
+
+def ready_queries() -> dict[str, str]:
+    """The queries that come with msif, by name; each starts with a comment on what it answers."""
+    setup = ("schema_", "table_", "view_")
+    return {name: text for name, text in statements().items() if not name.startswith(setup)}
+
+
+# -- writing ------------------------------------------------------------------------------------------
+
+
+def publish(workspace: Path) -> Path:
+    """Build a catalog over all that is complete in `workspace` and move the pointer to it.
+
+    Returns the new file, catalog/catalog-<n>.duckdb. Readers of the file before are not disturbed.
+    """
+    workspace = Path(workspace).resolve()
+    folder = workspace / "catalog"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = _claim(folder)
+    temporary = folder / f".tmp-{os.getpid()}-{target.name}"
+    try:
+        _build(workspace, temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+    finally:
+        for left in (temporary, temporary.with_name(temporary.name + ".wal")):
+            left.unlink(missing_ok=True)
+    current = _current(folder)
+    if current is None or _number(current) < _number(target):
+        storage.write_text(folder / "CURRENT", target.name + "\n")
+    for old in sorted(folder.glob("catalog-*.duckdb"), key=_number)[:-KEPT]:
+        if old != _current(folder):
+            old.unlink(missing_ok=True)
+    return target
+
+
+def _number(path: Path) -> int:
+    digits = path.stem.removeprefix("catalog-")
+    return int(digits) if digits.isdigit() else -1
+
+
+def _claim(folder: Path) -> Path:
+    """Create the empty file of the next number; two publishers at a time get two numbers."""
+    number = max(map(_number, folder.glob("catalog-*.duckdb")), default=0) + 1
+    while True:
+        path = folder / f"catalog-{number}.duckdb"
+        try:
+            path.open("x").close()
+        except FileExistsError:
+            number += 1
+        else:
+            return path
+
+
+def _current(folder: Path) -> Path | None:
+    pointer = folder / "CURRENT"
+    return folder / pointer.read_text().strip() if pointer.exists() else None
+
+
+def _build(workspace: Path, path: Path) -> None:
+    """Write the catalog's schema, views and small tables to the new file `path`."""
+    sql = statements()
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("CREATE SCHEMA columns")
+        connection.execute("CREATE SCHEMA stored")
+        for table, pattern in PARQUET.items():
+            connection.execute(sql[f"schema_{table}"])
+            source = f"CREATE VIEW stored.{table} AS SELECT * FROM columns.{table}"
+            if next(workspace.glob(pattern), None) is not None:
+                files = str(workspace / pattern).replace("'", "''")
+                # BY NAME: a file written before a column was added reads as NULL there.
+                source += (
+                    f" UNION ALL BY NAME SELECT * FROM read_parquet('{files}', union_by_name = true,"
+                    f" filename = {str('filename' in sql[f'schema_{table}']).lower()})"
+                )
+            connection.execute(source)
+        for table, rows in _small_tables(workspace).items():
+            connection.execute(sql[f"table_{table}"])
+            _insert(connection, table, rows)
+        views = [text for name, text in sql.items() if name.startswith("view_")]
+        # `answers` reads other views, so it comes after them.
+        for text in sorted(views, key=lambda text: "CREATE VIEW answers" in text):
+            connection.execute(text)
+        connection.execute("CREATE TABLE columns.workspace AS SELECT ? AS root", [str(workspace)])
+
+
+def _insert(connection: duckdb.DuckDBPyConnection, table: str, rows: list[Row]) -> None:
+    names = [column[0] for column in connection.execute(f"SELECT * FROM {table} LIMIT 0").description or []]
+    values = [[_cell(row.get(name)) for name in names] for row in rows]
+    if values:
+        connection.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(names))})", values)
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else value
+
+
+def _manifests(folder: Path) -> Iterator[tuple[Path, Row]]:
+    """Folders below `folder` that are complete, with their manifests."""
+    for path in sorted(folder.glob("[!.]*/manifest.json")):
+        yield path.parent, dict(storage.read_json(path))
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _small_tables(workspace: Path) -> dict[str, list[Row]]:
+    """Rows of the tables that come from manifests, by table."""
+    generations = list(_manifests(workspace / "generations"))
+    pointer = workspace / "generations" / "CURRENT"
+    published = pointer.read_text().strip() if pointer.exists() else None
+    return {
+        "stages": [_stage_row(folder, manifest) for folder, manifest in _manifests(workspace / "corpus")],
+        "factors": _factors_rows(workspace),
+        "generations": [_generation_row(folder, m, published) for folder, m in generations],
+        "recall": [row for folder, m in generations for row in _recall_rows(folder.name, m.get("recall") or {})],
+        "runs": [_run_row(folder, manifest) for folder, manifest in _manifests(workspace / "attributions")],
+    }
+
+
+def _stage_row(folder: Path, manifest: Row) -> Row:
+    shards = manifest.get("shards", [])
+    quarantined = manifest.get("quarantined")
+    return {
+        **manifest,
+        "stage": folder.name,
+        "n_documents": sum(shard.get("n_documents", 0) for shard in shards),
+        "n_sequences": sum(shard.get("n_sequences", 0) for shard in shards),
+        "n_quarantined": len(quarantined) if isinstance(quarantined, list | dict) else quarantined,
+        "n_shards": len(shards),
+        "bytes": _bytes(folder),
+    }
+
+
+def _factors_rows(workspace: Path) -> list[Row]:
+    users: dict[str, list[str]] = {}
+    for pin in sorted((workspace / "pins").glob("*.json")):
+        users.setdefault(str(storage.read_json(pin)["factors"]), []).append(pin.stem)
+    rows = []
+    for folder, manifest in _manifests(workspace / "factors"):
+        maps = manifest.get("maps")
+        rows.append({
+            **manifest,
+            "fingerprint": folder.name,
+            "stage": ", ".join(users.get(folder.name, [])) or None,
+            "n_maps": len(maps) if isinstance(maps, list | dict) else maps,
+            "bytes": _bytes(folder),
+        })  # fmt: skip
+    return rows
+
+
+def _generation_row(folder: Path, manifest: Row, published: str | None) -> Row:
+    recall = manifest.get("recall") or {}
+    return {
+        **manifest,
+        "generation": folder.name,
+        "published": folder.name == published,
+        "bytes_per_sequence": recall.get("bytes_per_sequence"),
+        "recall_queries": recall.get("queries"),
+        "recall_sequences": recall.get("sequences"),
+    }
+
+
+def _recall_rows(generation: str, recall: Row) -> Iterator[Row]:
+    for name, values in recall.items():
+        if name.startswith("recall_at_") and isinstance(values, dict):
+            for share, value in values.items():
+                k = int(name.removeprefix("recall_at_"))
+                yield {"generation": generation, "k": k, "share": float(share), "recall": value}
+
+
+def _run_row(folder: Path, manifest: Row) -> Row:
+    stage = (manifest.get("settings") or {}).get("attribute_to")
+    return {**manifest, "run_id": folder.name, "attributed_stage": stage}
+
+
+# -- reading ------------------------------------------------------------------------------------------
+
+
+def connect(workspace: Path) -> duckdb.DuckDBPyConnection:
+    """Open the current catalog: read-only, no files but the workspace's, settings locked.
+
+    Raises:
+        InputError: there is no catalog yet, or the workspace was moved since it was built.
+    """
+    workspace = Path(workspace).resolve()
+    path = _current(workspace / "catalog")
+    if path is None or not path.exists():
+        raise InputError(f"{workspace}: no catalog is published yet; run `msif run CONFIG` first")
+    # Connections of one process to one file share their settings: the first one locks them for all.
+    with _connecting:
+        connection = duckdb.connect(str(path), read_only=True)
+        if not _value(connection, "SELECT current_setting('lock_configuration')"):
+            allowed = str(workspace).replace("'", "''")
+            connection.execute(f"SET allowed_directories = ['{allowed}/']")
+            connection.execute("SET enable_external_access = false")
+            connection.execute("SET lock_configuration = true")
+    built_at = _value(connection, "SELECT root FROM columns.workspace")
+    if built_at != str(workspace):
+        connection.close()
+        raise InputError(
+            f"{workspace}: its catalog was built at {built_at}, so its views read files there; "
+            "run `msif run CONFIG` to publish it again here"
+        )
+    return connection
+
+
+def _value(connection: duckdb.DuckDBPyConnection, sql: str) -> Any:
+    row = connection.execute(sql).fetchone()
+    return row[0] if row else None
+
+
+def query(workspace: Path, sql: str) -> pa.Table:
+    """Answer one SELECT statement over the current catalog.
+
+    `sql` is a statement, or the name of a ready query (see `ready_queries`).
+
+    Raises:
+        InputError: not exactly one SELECT, or DuckDB rejects it; the message is DuckDB's.
+    """
+    sql = ready_queries().get(sql.strip(), sql)
+    with connect(workspace) as connection:
+        _check_select(connection, sql)
+        try:
+            return connection.execute(sql).to_arrow_table()
+        except duckdb.Error as error:
+            raise InputError(f"SQL: {error}") from None
+
+
+def _check_select(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
+    """Refuse all but one SELECT: a read-only connection could still COPY into the workspace."""
+    try:
+        kinds = [statement.type for statement in connection.extract_statements(sql)]
+    except duckdb.Error as error:
+        raise InputError(f"SQL: {error}") from None
+    if len(kinds) != 1:
+        raise InputError(f"SQL: expected one SELECT statement, got {len(kinds)} statements")
+    if kinds[0] != duckdb.StatementType.SELECT:
+        raise InputError(f"SQL: only SELECT statements are accepted, this is {kinds[0].name}")

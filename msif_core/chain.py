@@ -1,0 +1,91 @@
+"""The multi-stage chain: each stage is a spectral filter in its own eigenbasis, applied from the last stage down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from msif_core.curvature.filters import Damped, SpectralFilter, Unrolled
+
+Function = Callable[[torch.Tensor], torch.Tensor]
+
+
+class MapCurvature(Protocol):
+    """Curvature of one map, of which spectral functions can be taken (EK-FAC, or a dense matrix in the tests)."""
+
+    eigenvalues: torch.Tensor
+
+    def apply(self, V: torch.Tensor, function: Function) -> torch.Tensor:
+        """f(H) V."""
+        ...
+
+    def rotate(self, V: torch.Tensor) -> torch.Tensor:
+        """V in the eigenbasis."""
+        ...
+
+
+class StageCurvature(Protocol):
+    """Curvature of a stage's maps, by name."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def __getitem__(self, name: str) -> MapCurvature: ...
+
+
+@dataclass(frozen=True)
+class FilteredStage:
+    """A stage of the chain: its curvature and its filter."""
+
+    curvature: StageCurvature
+    filter: SpectralFilter
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The stages in training order, seen from the one that is attributed to (METHOD section 2)."""
+
+    stages: tuple[FilteredStage, ...]
+    attributed: int = 0
+
+    def filter(self, name: str, V: torch.Tensor) -> torch.Tensor | None:
+        """A query's gradient V [..., G, b, d_in] of one map, filtered by stages K, K-1, .. s+1, and then s.
+
+        None where the map has no parent in a lower stage (a new head): it drops out of the score.
+        """
+        passed = self._pass(name, V)
+        stage = self.stages[self.attributed]
+        if passed is None or not _has(stage, name, V):
+            return None
+        return stage.curvature[name].apply(passed, stage.filter.attributed)
+
+    def rotated(self, name: str, V: torch.Tensor) -> torch.Tensor | None:
+        """V filtered by the stages above the attributed one, in the attributed stage's eigenbasis."""
+        passed = self._pass(name, V)
+        stage = self.stages[self.attributed]
+        if passed is None or not _has(stage, name, V):
+            return None
+        return stage.curvature[name].rotate(passed)
+
+    def _pass(self, name: str, V: torch.Tensor) -> torch.Tensor | None:
+        for stage in reversed(self.stages[self.attributed + 1 :]):
+            if not _has(stage, name, V):
+                return None
+            V = stage.curvature[name].apply(V, stage.filter.passing)
+        return V
+
+    def levels(self, name: str) -> list[list[float]]:
+        """The damping (or tau) that each stage uses for each block of a map, for the record."""
+        found = []
+        for stage in self.stages[self.attributed :]:
+            used = isinstance(stage.filter, Damped | Unrolled) and name in stage.curvature
+            level = stage.filter.level(stage.curvature[name].eigenvalues) if used else torch.zeros(0)  # type: ignore[attr-defined]
+            found.append(level.flatten().tolist())
+        return found
+
+
+def _has(stage: FilteredStage, name: str, V: torch.Tensor) -> bool:
+    """Whether the stage has that map in that shape; another shape is a new head, not an error."""
+    return name in stage.curvature and stage.curvature[name].eigenvalues.shape == V.shape[-3:]

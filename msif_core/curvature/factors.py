@@ -1,0 +1,93 @@
+"""EK-FAC factors of one stage: immutable, one safetensors file a map, memory-mapped, streamed map by map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from msif_core import storage
+from msif_core.errors import InputError
+
+VERSION = 1
+
+
+def rotate_gradient(V: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left^T V right for V [..., G, b, d_in], left [G, b, b], right [d_in, d_in]."""
+    return left.mT @ (V @ right)
+
+
+@dataclass(frozen=True)
+class MapFactors:
+    """Curvature of one map: H ~ (Q_A x Q_S) diag(Lambda) (Q_A x Q_S)^T, block by block.
+
+    Q_A [d_in, d_in], Q_S [G, b, b], eigenvalues [G, b, d_in]. Source: George et al. 2018; Grosse et al. 2023.
+    """
+
+    Q_A: torch.Tensor
+    Q_S: torch.Tensor
+    eigenvalues: torch.Tensor
+
+    def rotate(self, V: torch.Tensor) -> torch.Tensor:
+        """Into the eigenbasis: Q_S^T V Q_A."""
+        return rotate_gradient(V, self.Q_S, self.Q_A)
+
+    def unrotate(self, V: torch.Tensor) -> torch.Tensor:
+        """Back from the eigenbasis: Q_S V Q_A^T."""
+        return rotate_gradient(V, self.Q_S.mT, self.Q_A.mT)
+
+    def apply(self, V: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """f(H) V for a function of the eigenvalues; V [..., G, b, d_in]."""
+        return self.unrotate(self.rotate(V) * function(self.eigenvalues))
+
+
+class Factors:
+    """The factors of a stage in a folder. A map's tensors are read when it is asked for, and not kept."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], device: str, dtype: torch.dtype | None) -> None:
+        self.folder = folder
+        self.maps: dict[str, dict[str, str]] = manifest["maps"]
+        self.mean_targets: float = manifest["mean_targets"]
+        self.fingerprint = folder.name
+        self._device = device
+        self._dtype = dtype
+
+    @classmethod
+    def open(cls, folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Factors:
+        """Open finished factors; tensors come on `device`, as `dtype` if given.
+
+        Raises:
+            InputError: the fit is not finished, or was written by another version.
+        """
+        path = folder / "factors.json"
+        if not path.exists():
+            raise InputError(f"{folder}: the EK-FAC fit is not finished; run `msif run CONFIG`")
+        manifest = storage.read_json(path)
+        if manifest["version"] != VERSION:
+            raise InputError(f"{folder}: factors of version {manifest['version']}, this msif reads {VERSION}: refit")
+        return cls(folder, manifest, device, dtype)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.maps
+
+    def __getitem__(self, name: str) -> MapFactors:
+        files = self.maps[name]
+        bases = self._read(files["bases"], ("Q_S",))
+        return MapFactors(
+            self._read(files["input"], ("Q_A",))[0], bases[0], self._read(files["eigenvalues"], ("eigenvalues",))[0]
+        )
+
+    def _read(self, file: str, names: tuple[str, ...]) -> list[torch.Tensor]:
+        with safe_open(self.folder / file, framework="pt", device=self._device) as tensors:
+            found = [tensors.get_tensor(name) for name in names]
+        return [t.to(self._dtype) if self._dtype else t for t in found]
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file to `path`; the caller makes it atomic."""
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata=metadata)

@@ -1,0 +1,112 @@
+"""Spectral filters: what a stage does to a gradient, as a function of the curvature's eigenvalues.
+
+`attributed` is the filter of the stage whose documents are ranked, `passing` that of each later stage
+(docs/method.md). Both map eigenvalues [..., b, d_in] to factors of the same shape; the mean that relative
+values refer to is taken over the last two axes, one block at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from msif_core import config
+
+
+class SpectralFilter(Protocol):
+    """f(Lambda) of one stage."""
+
+    def attributed(self, eigenvalues: torch.Tensor) -> torch.Tensor:
+        """Filter of the attributed stage."""
+        ...
+
+    def passing(self, eigenvalues: torch.Tensor) -> torch.Tensor:
+        """Filter of a stage that the query passes on its way down."""
+        ...
+
+
+def block_mean(eigenvalues: torch.Tensor) -> torch.Tensor:
+    """Mean eigenvalue of each block, kept broadcastable."""
+    return eigenvalues.mean(dim=(-2, -1), keepdim=True)
+
+
+@dataclass(frozen=True)
+class Damped:
+    """Converged training with proximity to its start: 1/(Lambda + c), and alpha/(Lambda + alpha).
+
+    `damping` is relative to the block's mean eigenvalue, or absolute. `tokens` is the mean number of targets
+    of a sequence where training minimised a per-token mean, else 1: it rescales absolute values.
+    """
+
+    damping: float
+    relative: bool = True
+    tokens: float = 1.0
+
+    def level(self, eigenvalues: torch.Tensor) -> torch.Tensor:
+        """The absolute damping of each block."""
+        if self.relative:
+            return self.damping * block_mean(eigenvalues)
+        return torch.full_like(block_mean(eigenvalues), self.damping * self.tokens)
+
+    def attributed(self, eigenvalues: torch.Tensor) -> torch.Tensor:
+        """1 / (Lambda + damping)."""
+        return 1 / (eigenvalues + self.level(eigenvalues))
+
+    def passing(self, eigenvalues: torch.Tensor) -> torch.Tensor:
+        """damping / (Lambda + damping)."""
+        level = self.level(eigenvalues)
+        return level / (eigenvalues + level)
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """A finite number of gradient steps whose learning rates sum to tau (SOURCE, arXiv 2405.12186).
+
+    `tau` is relative to the inverse of the block's mean eigenvalue, or absolute.
+    """
+
+    tau: float
+    relative: bool = True
+    tokens: float = 1.0
+
+    def level(self, eigenvalues: torch.Tensor) -> torch.Tensor:
+        """The absolute tau of each block."""
+        if self.relative:
+            return self.tau / block_mean(eigenvalues)
+        return torch.full_like(block_mean(eigenvalues), self.tau / self.tokens)
+
+    def attributed(self, eigenvalues: torch.Tensor) -> torch.Tensor:
+        """(1 - exp(-tau Lambda)) / Lambda, which is tau at Lambda = 0."""
+        tau = self.level(eigenvalues)
+        safe = torch.where(eigenvalues > 0, eigenvalues, torch.ones_like(eigenvalues))
+        return torch.where(eigenvalues > 0, -torch.expm1(-tau * eigenvalues) / safe, tau)
+
+    def passing(self, eigenvalues: torch.Tensor) -> torch.Tensor:
+        """exp(-tau Lambda)."""
+        return torch.exp(-self.level(eigenvalues) * eigenvalues)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """No curvature: the gradient dot product."""
+
+    def attributed(self, eigenvalues: torch.Tensor) -> torch.Tensor:
+        """1."""
+        return torch.ones_like(eigenvalues)
+
+    def passing(self, eigenvalues: torch.Tensor) -> torch.Tensor:
+        """1."""
+        return torch.ones_like(eigenvalues)
+
+
+def from_settings(settings: config.Filter, mean_targets: float) -> SpectralFilter:
+    """The filter that a stage's settings describe; `mean_targets` is T of METHOD's scale rule."""
+    tokens = mean_targets if settings.per_token_mean else 1.0
+    if settings.kind == "damped":
+        return Damped(settings.damping, settings.relative, tokens)
+    if settings.kind == "unrolled":
+        assert settings.tau is not None, "config.Filter checks that unrolled has tau"
+        return Unrolled(settings.tau, settings.relative, tokens)
+    return Identity()

@@ -1,0 +1,78 @@
+"""Sums of target losses: with the given labels, or with labels drawn from the model's own softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from msif_core.batching import IGNORED, Batch
+
+Loss = Callable[[Any, Batch], torch.Tensor]
+
+
+def logits_and_targets(outputs: Any, batch: Batch, task: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [N, P, V] paired with targets [N, P].
+
+    A causal model's logits at position t pair with the label at t + 1; a classifier has one position,
+    whose label is the first of its row.
+    """
+    if task == "classification":
+        return outputs.logits[:, None], batch.labels[:, :1]
+    return outputs.logits[:, :-1], batch.labels[:, 1:]
+
+
+def target_losses(outputs: Any, batch: Batch, task: str) -> torch.Tensor:
+    """Summed negative log-likelihood of each sequence's targets: [N]."""
+    logits, targets = logits_and_targets(outputs, batch, task)
+    losses = torch.nn.functional.cross_entropy(
+        logits.float().transpose(1, 2) if logits.dtype != torch.float64 else logits.transpose(1, 2),
+        targets, ignore_index=IGNORED, reduction="none",
+    )  # fmt: skip
+    return losses.sum(dim=1)
+
+
+def target_loss(task: str) -> Loss:
+    """The loss that training minimised, summed over the batch."""
+    return lambda outputs, batch: target_losses(outputs, batch, task).sum()
+
+
+def sampled_loss(task: str, seed: int) -> Loss:
+    """The loss on labels sampled from the model's softmax: its gradients have the true Fisher as covariance.
+
+    A position whose label is -100 keeps no label.
+    """
+
+    def loss(outputs: Any, batch: Batch) -> torch.Tensor:
+        logits, targets = logits_and_targets(outputs, batch, task)
+        with torch.no_grad():
+            cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+            u = torch.from_numpy(uniforms(batch.fingerprints, targets.shape[1], seed)).to(logits.device)
+            drawn = torch.searchsorted(cumulative, u[..., None], right=True).squeeze(-1)
+            drawn = drawn.clamp_(max=logits.shape[-1] - 1)
+            drawn = torch.where(targets == IGNORED, targets, drawn)
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        return torch.nn.functional.cross_entropy(
+            wide.transpose(1, 2), drawn, ignore_index=IGNORED, reduction="sum"
+        )
+
+    return loss
+
+
+def uniforms(fingerprints: list[str], positions: int, seed: int) -> np.ndarray:
+    """Uniform numbers [N, positions] in [0, 1), each a function of (seed, fingerprint, position) alone."""
+    keys = np.array([int(f, 16) for f in fingerprints], dtype=np.uint64)[:, None]
+    with np.errstate(over="ignore"):
+        state = _mix(keys ^ _mix(np.array([[seed]], dtype=np.uint64)))
+        state = _mix(state + np.arange(1, positions + 1, dtype=np.uint64)[None] * np.uint64(0x9E3779B97F4A7C15))
+    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele et al. 2014)."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

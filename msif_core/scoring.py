@@ -1,0 +1,102 @@
+"""Exact scores: the queries' filtered gradients against each sequence's gradient, no sketch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from msif_core.batching import Batch, Sequences, batches
+from msif_core.capture import capture, no_cache
+from msif_core.curvature.fit import per_sequence_gradients, sum_dtype
+from msif_core.losses import target_loss, target_losses
+from msif_core.models import TrackedMap
+
+FloatArray = npt.NDArray[np.float32]
+Gradients = dict[str, torch.Tensor]
+
+
+def query_gradients(
+    model: nn.Module, maps: list[TrackedMap], sequences: Sequences, batch_tokens: int, *, task: str
+) -> Gradients:
+    """Gradient of each sequence's summed loss: map name to [Q, G, b, d_in], in the sums' dtype."""
+    device, dtype = next(model.parameters()).device, sum_dtype(model)
+    found = {m.name: torch.zeros(len(sequences), *m.shape, dtype=dtype, device=device) for m in maps}
+    for batch in batches(sequences, batch_tokens, device):
+        rows = torch.from_numpy(batch.rows).to(device)
+
+        def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, rows: torch.Tensor = rows) -> None:
+            found[m.name][rows] = per_sequence_gradients(a.to(dtype), d.to(dtype))
+
+        capture(model, maps, batch, target_loss(task), consume)
+    return found
+
+
+def score_sequences(
+    model: nn.Module, maps: list[TrackedMap], filtered: Gradients, sequences: Sequences, batch_tokens: int,
+    *, task: str,
+) -> FloatArray:
+    """Exact scores [Q, N]: the inner products of filtered query gradients and sequence gradients.
+
+    One query is contracted with the tokens; several share the sequence's gradient, formed once.
+    """  # fmt: skip
+    device, dtype = next(model.parameters()).device, sum_dtype(model)
+    maps = [m for m in maps if m.name in filtered]
+    queries = next(iter(filtered.values())).shape[0]
+    flat = {name: v.to(device, dtype).flatten(1) for name, v in filtered.items()}
+    scores = np.zeros((queries, len(sequences)), dtype=np.float64)
+    for batch in batches(sequences, batch_tokens, device):
+        total = torch.zeros(queries, len(batch.rows), dtype=torch.float64, device=device)
+
+        def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, total: torch.Tensor = total) -> None:
+            if queries == 1:
+                total[0] += token_products(m, filtered[m.name][0], a.to(dtype), d.to(dtype)).sum(dim=1)
+            else:
+                total.add_(flat[m.name] @ per_sequence_gradients(a.to(dtype), d.to(dtype)).flatten(1).mT)
+
+        capture(model, maps, batch, target_loss(task), consume)
+        scores[:, batch.rows] = total.cpu().numpy()
+    return scores.astype(np.float32)
+
+
+def token_products(m: TrackedMap, V: torch.Tensor, a: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """d_t^T V a_t of each token: [N, T], for one query's V [G, b, d_in]."""
+    return (d.flatten(2) * (a @ V.to(a.device, a.dtype).flatten(0, 1).mT)).sum(dim=-1)
+
+
+def contributions(
+    model: nn.Module, maps: list[TrackedMap], filtered: Gradients, sequences: Sequences, batch_tokens: int,
+    *, task: str,
+) -> tuple[list[dict[str, float]], list[FloatArray]]:
+    """One query's score of each sequence, split by map and, the other way, by token.
+
+    A token's part is what its input position contributes, d_t^T V a_t summed over maps. Both splits add up
+    to the exact score.
+    """  # fmt: skip
+    device, dtype = next(model.parameters()).device, sum_dtype(model)
+    maps = [m for m in maps if m.name in filtered]
+    by_map: list[dict[str, float]] = [{} for _ in range(len(sequences))]
+    by_token: list[FloatArray] = [np.zeros(len(ids), np.float32) for ids in sequences.input_ids]
+    for batch in batches(sequences, batch_tokens, device):
+
+        def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, batch: Batch = batch) -> None:
+            products = token_products(m, filtered[m.name][0], a.to(dtype), d.to(dtype)).cpu().numpy()
+            for i, row in enumerate(batch.rows):
+                by_map[row][m.name] = float(products[i].sum())
+                by_token[row] += products[i, : len(by_token[row])].astype(np.float32)
+
+        capture(model, maps, batch, target_loss(task), consume)
+    return by_map, by_token
+
+
+@torch.no_grad()
+def losses(model: nn.Module, sequences: Sequences, batch_tokens: int, *, task: str) -> Sequence[float]:
+    """Summed negative log-likelihood of each sequence's targets."""
+    found = np.zeros(len(sequences))
+    for batch in batches(sequences, batch_tokens, next(model.parameters()).device):
+        outputs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **no_cache(model))
+        found[batch.rows] = target_losses(outputs, batch, task).double().cpu().numpy()
+    return [float(x) for x in found]
