@@ -244,6 +244,7 @@ def connect(workspace: Path) -> duckdb.DuckDBPyConnection:
             allowed = str(workspace).replace("'", "''")
             connection.execute(f"SET allowed_directories = ['{allowed}/']")
             connection.execute("SET enable_external_access = false")
+            connection.execute("SET python_enable_replacements = false")  # Python variables are not tables
             connection.execute("SET lock_configuration = true")
     built_at = _value(connection, "SELECT root FROM columns.workspace")
     if built_at != str(workspace):
@@ -272,7 +273,7 @@ def query(workspace: Path, sql: str) -> pa.Table:
     with connect(workspace) as connection:
         _check_select(connection, sql)
         try:
-            return connection.execute(sql).to_arrow_table()
+            return connection.sql(sql).to_arrow_table()
         except duckdb.Error as error:
             raise InputError(f"SQL: {error}") from None
 

@@ -1,0 +1,13 @@
+-- Stored attributions, from attributions/<run>/manifest.json.
+CREATE TABLE runs (
+    run_id VARCHAR PRIMARY KEY,
+    created TIMESTAMPTZ,
+    generation VARCHAR,
+    attributed_stage VARCHAR,
+    n_queries BIGINT,
+    n_rescored BIGINT,
+    seconds DOUBLE,
+    factors JSON,
+    damping JSON,
+    settings JSON
+);
