@@ -20,7 +20,7 @@ from msif_core.batching import IGNORED, Sequences, batches
 from msif_core.capture import capture
 from msif_core.curvature.factors import VERSION, MapFactors, write_tensors
 from msif_core.errors import InputError
-from msif_core.losses import sampled_loss
+from msif_core.losses import sampled_loss, uniforms
 from msif_core.models import TrackedMap
 
 EIGENVALUE_SEED = 0x5EED
@@ -32,8 +32,6 @@ def sample_rows(fingerprints: list[str], share: float, seed: int) -> npt.NDArray
 
     Which sequences are taken depends on their content and the seed alone, not on shards or order.
     """
-    from msif_core.losses import uniforms
-
     return np.flatnonzero(uniforms(fingerprints, 1, seed ^ 0xC0FFEE)[:, 0] < share)
 
 

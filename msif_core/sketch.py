@@ -1,0 +1,166 @@
+"""Sketches of whitened gradients: signed folding, then one randomized Hadamard transform.
+
+A gradient is the concatenation of its maps' entries in their eigenbases, D coordinates in all. Coordinate p
+goes, with a random sign, to bucket p mod M; with D <= M nothing collides and the sketch is exact. M shares no
+factor with the maps' row lengths, so that the few strong columns of a map do not all meet in one bucket. The
+folded vector is mixed by a randomized Hadamard transform, which spreads every map over all dimensions: a code
+that keeps one norm per vector (RaBitQ) then loses nothing to maps of unequal scale.
+
+The error of an inner product is about |phi| |psi| / sqrt(M), as for the subsampled transform of the whole
+gradient, at one multiply-add per entry.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from msif_core import storage
+from msif_core.batching import Sequences, batches
+from msif_core.capture import capture
+from msif_core.chain import Chain, FilteredStage
+from msif_core.config import SketchSettings
+from msif_core.curvature.fit import rotated_gradients
+from msif_core.errors import InputError
+from msif_core.losses import target_loss, uniforms
+from msif_core.models import TrackedMap
+
+VERSION = 1
+FloatArray = npt.NDArray[np.float32]
+
+
+def fold_length(dimensions: int, widths: set[int]) -> int:
+    """The largest M <= dimensions that shares no factor with any of `widths`."""
+    return next(m for m in range(dimensions, 0, -1) if all(math.gcd(m, w) == 1 for w in widths if w < m))
+
+
+def random_signs(count: int, seed: int) -> torch.Tensor:
+    """`count` random signs, float32, a function of the seed and the position alone."""
+    key = f"{seed & 0xFFFFFFFFFFFFFFFF:016x}"
+    return torch.from_numpy(np.where(uniforms([key], count, 1)[0] < 0.5, -1.0, 1.0).astype(np.float32))
+
+
+def hadamard(x: torch.Tensor) -> torch.Tensor:
+    """Orthonormal Walsh-Hadamard transform of the last axis [..., n], n a power of two."""
+    n = x.shape[-1]
+    shape = x.shape
+    step = 1
+    while step < n:
+        x = x.reshape(*shape[:-1], n // (2 * step), 2, step)
+        x = torch.stack((x[..., 0, :] + x[..., 1, :], x[..., 0, :] - x[..., 1, :]), dim=-2)
+        step *= 2
+    return x.reshape(shape) / math.sqrt(n)
+
+
+class Sketcher:
+    """Sketches of documents (phi) and of queries (psi); <phi, psi> estimates the exact score."""
+
+    def __init__(self, maps: list[TrackedMap], stage: FilteredStage, settings: SketchSettings, task: str) -> None:
+        self.maps = maps
+        self.stage = stage
+        self.settings = settings
+        self.task = task
+        self.offsets = dict(zip((m.name for m in maps), np.cumsum([0, *(m.size for m in maps)])[:-1].tolist(), strict=True))
+        self.total = sum(m.size for m in maps)
+        self.fold = fold_length(settings.dimensions, {m.d_in for m in maps})
+        self.width = min(self.fold, self.total)
+        self._signs = random_signs(settings.dimensions, settings.seed + 1)
+
+    def manifest(self) -> dict[str, Any]:
+        """What must agree for sketches to be comparable."""
+        return {
+            "version": VERSION, "dimensions": self.settings.dimensions, "fold": self.fold, "seed": self.settings.seed,
+            "whitening": self.settings.whitening, "maps": {m.name: list(m.shape) for m in self.maps},
+        }  # fmt: skip
+
+    def check_or_write(self, path: Path) -> None:
+        """Write the manifest, or compare with the one that is there.
+
+        Raises:
+            InputError: the sketches beside `path` were made by another version, seed or map list.
+        """
+        if not path.exists():
+            storage.write_json(path, self.manifest())
+        elif (found := storage.read_json(path)) != self.manifest():
+            keys = [key for key in self.manifest() if found.get(key) != self.manifest()[key]]
+            raise InputError(f"{path}: made with another sketch ({', '.join(keys)} differ); rebuild the index with --refit")
+
+    def document_weight(self, name: str) -> torch.Tensor:
+        """Whitening of a document's rotated gradient of one map, [G, b, d_in]."""
+        eigenvalues = self.stage.curvature[name].eigenvalues
+        root = self.stage.filter.attributed(eigenvalues).sqrt()
+        if self.settings.whitening == "eigen":
+            return root
+        if self.settings.whitening == "kronecker":  # the rank-one fit of log f^(1/2): row plus column means
+            log = root.log()
+            return (log.mean(-1, keepdim=True) + log.mean(-2, keepdim=True) - log.mean((-2, -1), keepdim=True)).exp()
+        return torch.ones_like(root)
+
+    def documents(self, model: nn.Module, sequences: Sequences, batch_tokens: int) -> FloatArray:
+        """phi of each sequence: float32 [N, dimensions]."""
+        device = next(model.parameters()).device
+        factors = {m.name: self.stage.curvature[m.name] for m in self.maps}
+        weights = {m.name: self._signed(m, self.document_weight(m.name)).to(device) for m in self.maps}
+        phi = np.zeros((len(sequences), self.settings.dimensions), dtype=np.float32)
+        for batch in batches(sequences, batch_tokens, device):
+            folded = torch.zeros(len(batch.rows), self.fold, device=device)
+
+            def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, folded: torch.Tensor = folded) -> None:
+                gradient = rotated_gradients(a.float(), d.float(), factors[m.name]).flatten(1)
+                self._add(folded, gradient.mul_(weights[m.name]), self.offsets[m.name])
+
+            capture(model, self.maps, batch, target_loss(self.task), consume)
+            phi[batch.rows] = self._mix(folded).cpu().numpy()
+        return phi
+
+    def queries(self, gradients: dict[str, torch.Tensor], chain: Chain) -> FloatArray:
+        """psi of queries whose gradients [Q, G, b, d_in] at the last stage are given: float32 [Q, dimensions]."""
+        first = next(iter(gradients.values()))
+        folded = torch.zeros(len(first), self.fold, device=first.device)
+        for m in self.maps:
+            if m.name not in gradients or (rotated := chain.rotated(m.name, gradients[m.name])) is None:
+                continue
+            f = self.stage.filter.attributed(self.stage.curvature[m.name].eigenvalues)
+            weight = self._signed(m, f / self.document_weight(m.name))
+            self._add(folded, rotated.float().flatten(1) * weight.to(first.device), self.offsets[m.name])
+        return self._mix(folded).cpu().numpy()
+
+    def _signed(self, m: TrackedMap, weight: torch.Tensor) -> torch.Tensor:
+        """The map's weights with its random signs, flat."""
+        seed = (self.settings.seed << 20) + self.maps.index(m) + 2
+        return weight.float().flatten() * random_signs(m.size, seed)
+
+    def _add(self, folded: torch.Tensor, flat: torch.Tensor, offset: int) -> None:
+        """folded[:, (offset + i) mod M] += flat[:, i], as slices and one sum."""
+        start, position = offset % self.fold, 0
+        head = min(self.fold - start, flat.shape[1])
+        folded[:, start : start + head] += flat[:, :head]
+        position = head
+        whole = (flat.shape[1] - position) // self.fold
+        if whole:
+            middle = flat[:, position : position + whole * self.fold]
+            folded += middle.unflatten(1, (whole, self.fold)).sum(dim=1)
+            position += whole * self.fold
+        tail = flat.shape[1] - position
+        if tail:
+            folded[:, :tail] += flat[:, position:]
+
+    def _mix(self, folded: torch.Tensor) -> torch.Tensor:
+        """Random signs, then Hadamard transforms of power-of-two blocks from both ends: [N, dimensions].
+
+        Widths that are no power of two take two overlapping blocks, one after the other.
+        """
+        x = torch.nn.functional.pad(folded, (0, self.settings.dimensions - self.fold))
+        x = x * self._signs.to(x.device)
+        block = 1 << (self.settings.dimensions.bit_length() - 1)
+        x = torch.cat((hadamard(x[:, :block]), x[:, block:]), dim=1)
+        if block < self.settings.dimensions:
+            rest = self.settings.dimensions - block
+            x = torch.cat((x[:, :rest], hadamard(x[:, rest:] * self._signs[:block].to(x.device))), dim=1)
+        return x
