@@ -38,6 +38,7 @@ KEPT = 3
 
 Row = dict[str, Any]
 _connecting = threading.Lock()
+_publishing = threading.Lock()
 
 
 @cache
@@ -60,7 +61,11 @@ def publish(workspace: Path) -> Path:
 
     Returns the new file, catalog/catalog-<n>.duckdb. Readers of the file before are not disturbed.
     """
-    workspace = Path(workspace).resolve()
+    with _publishing:
+        return _publish(Path(workspace).resolve())
+
+
+def _publish(workspace: Path) -> Path:
     folder = workspace / "catalog"
     folder.mkdir(parents=True, exist_ok=True)
     target = _claim(folder)
@@ -163,7 +168,7 @@ def _small_tables(workspace: Path) -> dict[str, list[Row]]:
         "stages": [_stage_row(folder, manifest) for folder, manifest in _manifests(workspace / "corpus")],
         "factors": _factors_rows(workspace),
         "generations": [_generation_row(folder, m, published) for folder, m in generations],
-        "recall": [row for folder, m in generations for row in _recall_rows(folder.name, m.get("recall") or {})],
+        "recall": [row for folder, m in generations for row in _recall_rows(folder.name, m.get("recall"))],
         "runs": [_run_row(folder, manifest) for folder, manifest in _manifests(workspace / "attributions")],
     }
 
@@ -211,8 +216,8 @@ def _generation_row(folder: Path, manifest: Row, published: str | None) -> Row:
     }
 
 
-def _recall_rows(generation: str, recall: Row) -> Iterator[Row]:
-    for name, values in recall.items():
+def _recall_rows(generation: str, recall: Row | None) -> Iterator[Row]:
+    for name, values in (recall or {}).items():
         if name.startswith("recall_at_") and isinstance(values, dict):
             for share, value in values.items():
                 k = int(name.removeprefix("recall_at_"))
@@ -257,8 +262,8 @@ def connect(workspace: Path) -> duckdb.DuckDBPyConnection:
 
 
 def _value(connection: duckdb.DuckDBPyConnection, sql: str) -> Any:
-    row = connection.execute(sql).fetchone()
-    return row[0] if row else None
+    rows = connection.execute(sql).fetchall()  # all: an unread result would block the connection
+    return rows[0][0] if rows else None
 
 
 def query(workspace: Path, sql: str) -> pa.Table:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from workspace_fixture import MAPS, write_attribution, write_workspace
 
 from msif_core import catalog
 from msif_core.errors import InputError
-from workspace_fixture import MAPS, write_attribution, write_workspace
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 VIEWS = {
     "documents": 72, "sequences": 72, "quarantine": 2, "factors": 2, "generations": 2, "queries": 3,
-    "influences": 16, "layers": 16 * len(MAPS), "samples": 120, "runs": 1, "recall": 5, "stages": 2, "answers": 16,
+    "influences": 16, "layers": 16 * len(MAPS), "samples": 120,
+    "runs": 1, "recall": 5, "stages": 2, "answers": 16,
 }  # fmt: skip
 
 
@@ -56,11 +57,13 @@ def test_values(workspace: Path) -> None:
     assert catalog.query(workspace, "queries_with_little_support")["query_id"][0].as_py() == "q-002"
     layers = catalog.query(workspace, "influence_by_layer").to_pylist()
     assert [row["layer"] for row in layers] == [0, 1, 2]
-    total = catalog.query(workspace, "SELECT sum(score) AS s FROM influences WHERE side = 'proponent'")["s"][0].as_py()
+    total = catalog.query(workspace, "SELECT sum(score) AS s FROM influences WHERE side = 'proponent'")["s"][
+        0
+    ].as_py()
     assert sum(row["total_score"] for row in layers) == pytest.approx(total, rel=1e-4)
     factors = catalog.query(workspace, "SELECT stage, n_maps FROM factors ORDER BY stage").to_pylist()
     assert factors == [{"stage": "finetune", "n_maps": 12}, {"stage": "pretrain", "n_maps": 12}]
-    year = "SELECT metadata ->> '$.year' AS y FROM documents WHERE document_id = 'pr-0001' AND stage = 'pretrain'"
+    year = "SELECT metadata ->> '$.year' AS y FROM documents WHERE document_id = 'pr-0001'"
     assert catalog.query(workspace, year)["y"].to_pylist() == ["1901"]
     targets = "SELECT DISTINCT n_tokens - n_targets AS d FROM sequences"
     assert catalog.query(workspace, targets)["d"].to_pylist() == [1]
@@ -146,7 +149,9 @@ def test_unfinished_runs_are_not_seen(tmp_path: Path) -> None:
 
 def test_threads_share_a_catalog(workspace: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
-        counts = list(pool.map(lambda _: catalog.query(workspace, "SELECT * FROM influences").num_rows, range(16)))
+        counts = list(
+            pool.map(lambda _: catalog.query(workspace, "SELECT * FROM influences").num_rows, range(16))
+        )
     assert counts == [16] * 16
 
 

@@ -17,7 +17,7 @@ MAPS = [
     for layer in range(3)
     for kind in ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 ]
-WORDS = "the moon orbit around body of water a disease cattle kind padding mattress word meaning called".split()
+WORDS = ["the", "moon", "orbit", "around", "body", "of", "water", "a", "disease", "cattle", "padding", "word"]
 QUERIES = [
     ("q-000", "Define the word \"periselene\".", "Periapsis in orbit around the moon."),
     ("q-001", "What is <b>red water</b>?", "A disease of cattle."),
@@ -48,13 +48,16 @@ def write_corpus(root: Path, stage: str, n_documents: int, seed: int = 0) -> lis
         "document_id": ids,
         "text": [" ".join(rng.choice(WORDS, len(t))) for t in tokens],
         "source": ["wordnet" if i % 3 else "shakespeare" for i in range(n_documents)],
-        "metadata": [json.dumps({"license": "WordNet-3.0", "year": 1900 + i} if i % 3 else {}) for i in range(n_documents)],
+        "metadata": [json.dumps({"license": "WN", "year": 1900 + i} if i % 3 else {}) for i, _ in enumerate(ids)],
         "n_sequences": pa.array([1] * n_documents, pa.int32()),
         "n_tokens": pa.array([len(t) for t in tokens], pa.int64()),
         "shard": pa.array([0] * n_documents, pa.int32()),
         "fingerprint": [storage.fingerprint(i) for i in ids],
     }))  # fmt: skip
-    _write(folder / "quarantine-00000.parquet", pa.table({"document_id": ["bad-1"], "reason": ["the text is empty"]}))
+    _write(
+        folder / "quarantine-00000.parquet",
+        pa.table({"document_id": ["bad-1"], "reason": ["the text is empty"]}),
+    )
     shard = {"sequences": "shard-00000.parquet", "documents": "documents-00000.parquet"}
     shard |= {"n_sequences": n_documents, "n_documents": n_documents}
     manifest = {"shards": [shard], "fingerprint": "c" * 16, "settings": {"max_length": 128}, "quarantined": 1}
@@ -63,12 +66,14 @@ def write_corpus(root: Path, stage: str, n_documents: int, seed: int = 0) -> lis
 
 
 def write_attribution(root: Path, run_id: str, documents: list[str], seed: int = 0) -> Path:
-    """Write attributions/<run_id>: six proponents and two opponents for the first two queries, none for the third."""
+    """Write attributions/<run_id>: six proponents, two opponents for each query but the last."""
     rng = np.random.default_rng(seed)
     rows: dict[str, list[tuple[object, ...]]] = {name: [] for name in SCHEMAS}
     for query_id, prompt, completion in QUERIES:
         metadata = json.dumps({"source": "wordnet"})
-        rows["queries.parquet"].append((run_id, query_id, prompt, completion, float(rng.uniform(5, 30)), metadata))
+        rows["queries.parquet"].append(
+            (run_id, query_id, prompt, completion, float(rng.uniform(5, 30)), metadata)
+        )
         for name in documents[10:50]:
             rows["samples.parquet"].append((run_id, query_id, name, float(rng.normal(0, 0.5))))
         if not completion:
@@ -78,25 +83,48 @@ def write_attribution(root: Path, run_id: str, documents: list[str], seed: int =
         for i, (name, score) in enumerate(zip(chosen, scores, strict=True)):
             side, rank = ("proponent", i + 1) if score > 0 else ("opponent", i - 5)
             found = ("gradient", "bm25", "both")[i % 3]
-            values = (run_id, query_id, str(name), int(name[-4:]), rank, score, score, 99.5, side, found, 0 if i == 2 else i)
+            values = (
+                run_id,
+                query_id,
+                str(name),
+                int(name[-4:]),
+                rank,
+                score,
+                score,
+                99.5,
+                side,
+                found,
+                0 if i == 2 else i,
+            )
             rows["influences.parquet"].append(values)
             parts = rng.dirichlet(np.ones(len(MAPS))) * score
-            rows["layers.parquet"] += [(run_id, query_id, str(name), m, float(p)) for m, p in zip(MAPS, parts, strict=True)]
+            rows["layers.parquet"] += [
+                (run_id, query_id, str(name), m, float(p)) for m, p in zip(MAPS, parts, strict=True)
+            ]
             noise = rng.normal(0, 1, 30)
             noise *= score / (noise.sum() or 1)
             for position, value in enumerate(noise):
                 token = "<script>" if position == 5 else " " + str(rng.choice(WORDS))
-                rows["tokens.parquet"].append((run_id, query_id, str(name), position, token, float(value), "document"))
+                rows["tokens.parquet"].append(
+                    (run_id, query_id, str(name), position, token, float(value), "document")
+                )
             for position, token in enumerate(completion.split()):
-                rows["tokens.parquet"].append((run_id, query_id, str(name), position, " " + token, score / 4, "query"))
+                rows["tokens.parquet"].append(
+                    (run_id, query_id, str(name), position, " " + token, score / 4, "query")
+                )
     folder = root / "attributions" / run_id
     for name, schema in SCHEMAS.items():
         columns = list(zip(*rows[name], strict=True)) or [[] for _ in schema]
-        _write(folder / name, pa.table(dict(zip(schema.names, map(list, columns), strict=True)), schema=schema))
+        _write(
+            folder / name, pa.table(dict(zip(schema.names, map(list, columns), strict=True)), schema=schema)
+        )
     filters = {"kind": "damped", "damping": 0.1, "relative": True}
-    stages = [{"name": name, "model": f"models/{name}", "filter": filters} for name in ("pretrain", "finetune")]
+    stages = [
+        {"name": name, "model": f"models/{name}", "filter": filters} for name in ("pretrain", "finetune")
+    ]
     storage.write_json(folder / "manifest.json", {
-        "run_id": run_id, "created": f"2026-01-0{seed + 1}T00:00:00+00:00", "seconds": 2.5, "generation": "g2",
+        "run_id": run_id, "created": f"2026-01-0{seed + 1}T00:00:00+00:00", "seconds": 2.5,
+        "generation": "g2",
         "recall": RECALL, "factors": {"pretrain": "f1", "finetune": "f2"},
         "damping": {"pretrain": {MAPS[0]: 0.01}, "finetune": {MAPS[0]: 0.02}},
         "settings": {"attribute_to": "pretrain", "stages": stages}, "n_queries": 3, "n_rescored": 60,
@@ -120,7 +148,8 @@ def write_workspace(root: Path) -> Path:
         storage.write_json(root / "factors" / f"f{i}" / "manifest.json", manifest)
     for i, recall in ((1, {}), (2, RECALL)):
         storage.write_json(root / "generations" / f"g{i}" / "manifest.json", {
-            "generation": f"g{i}", "created": f"2026-01-0{i}T00:00:00+00:00", "parent": "g1" if i == 2 else None,
+            "generation": f"g{i}", "created": f"2026-01-0{i}T00:00:00+00:00",
+            "parent": "g1" if i == 2 else None,
             "corpus": "c" * 16, "factors": {"pretrain": "f1", "finetune": "f2"}, "n_sequences": 60,
             "index_bytes": 12345, "seconds": 3.5, "recall": recall, "settings": {"attribute_to": "pretrain"},
         })  # fmt: skip
