@@ -1,0 +1,52 @@
+"""BM25 over the words of documents (the library bm25s), as a second source of candidates."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import bm25s
+
+from msif_core import storage
+
+WORD = re.compile(r"\w+")
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words; BM25 fed with raw strings would score characters."""
+    return WORD.findall(text.lower())
+
+
+class LexicalIndex:
+    """A BM25 index that knows its documents' ids."""
+
+    def __init__(self, bm25: bm25s.BM25, documents: list[str]) -> None:
+        self._bm25 = bm25
+        self.documents = documents
+
+    @classmethod
+    def build(cls, documents: list[str], texts: Sequence[str]) -> LexicalIndex:
+        """Index `texts` under the ids `documents`."""
+        bm25 = bm25s.BM25()
+        bm25.index([words(text) or [""] for text in texts], show_progress=False)
+        return cls(bm25, documents)
+
+    def save(self, folder: Path) -> None:
+        """Write the index below `folder`."""
+        self._bm25.save(str(folder))
+        storage.write_json(folder / "documents.json", self.documents)
+
+    @classmethod
+    def load(cls, folder: Path) -> LexicalIndex:
+        """Open a saved index, memory-mapped."""
+        return cls(bm25s.BM25.load(str(folder), mmap=True), storage.read_json(folder / "documents.json"))
+
+    def search(self, texts: Sequence[str], k: int) -> list[list[str]]:
+        """The k best documents for each text, best first; documents that share no word are left out."""
+        k = min(k, len(self.documents))
+        rows, scores = self._bm25.retrieve([words(text) or [""] for text in texts], k=k, show_progress=False)
+        return [
+            [self.documents[int(r)] for r, s in zip(row, score, strict=True) if s > 0]
+            for row, score in zip(rows, scores, strict=True)
+        ]

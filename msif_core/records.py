@@ -1,0 +1,165 @@
+"""Records of documents and queries: read from jsonl, Parquet, hub datasets or Python lists, and checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from msif_core import storage
+from msif_core.config import Documents, HubDataset
+from msif_core.errors import InputError
+
+Record = dict[str, Any]
+KNOWN = {"id", "text", "source", "prompt", "completion", "input_ids", "labels", "label"}
+
+
+@dataclass
+class Skipped:
+    """Malformed records that were passed over: how many, and the first one's message."""
+
+    count: int = 0
+    first: str | None = None
+
+    def add(self, message: str, skip: bool) -> None:
+        """Count a bad record, or raise if bad records are not to be skipped."""
+        if not skip:
+            raise InputError(message)
+        self.count += 1
+        self.first = self.first or message
+
+
+def files_of(pattern: str) -> list[Path]:
+    """The files a glob matches, sorted.
+
+    Raises:
+        InputError: it matches none.
+    """
+    found = sorted(Path(name) for name in glob(pattern, recursive=True))
+    if not found:
+        raise InputError(f"{pattern}: no file matches; paths are relative to the folder msif is called from")
+    return found
+
+
+def source_fingerprint(documents: Documents) -> str:
+    """Digest of what the sources hold: the bytes of files, the names of hub datasets."""
+    sources = documents if isinstance(documents, list) else [documents]
+    parts: list[Any] = []
+    for source in sources:
+        if isinstance(source, HubDataset):
+            parts.append(source.model_dump())
+        else:
+            parts.extend((path.name, storage.file_digest(path)) for path in files_of(source))
+    return storage.fingerprint(parts)
+
+
+def read_records(documents: Documents, skipped: Skipped, skip: bool = False) -> Iterator[Record]:
+    """Stream the checked records of all sources.
+
+    Raises:
+        InputError: a malformed record (unless `skip`), a duplicate id; names file and line.
+    """
+    seen: dict[str, str] = {}
+    for source in documents if isinstance(documents, list) else [documents]:
+        streams = [_hub(source)] if isinstance(source, HubDataset) else [_file(p, skipped, skip) for p in files_of(source)]
+        for stream in streams:
+            for where, record in stream:
+                problem = problem_of(record)
+                if problem is None and (first := seen.get(record["id"])) is not None:
+                    problem = f"id {record['id']!r} stands already at {first}; ids must differ"
+                if problem is not None:
+                    skipped.add(f"{where}: {problem}", skip)
+                    continue
+                seen[record["id"]] = where
+                yield record
+
+
+def check_all(records: Iterable[Record], name: str) -> list[Record]:
+    """Check records given as Python dictionaries."""
+    found = list(records)
+    for number, record in enumerate(found, 1):
+        if (problem := problem_of(record)) is not None:
+            raise InputError(f"{name}, record {number}: {problem}")
+    return found
+
+
+def problem_of(record: Any) -> str | None:
+    """What is wrong with a record, None if nothing is."""
+    if not isinstance(record, dict):
+        return "not a JSON object; write one {...} a line"
+    if not isinstance(record.get("id"), str) or not record["id"]:
+        return "no id; give each record a string `id`"
+    if "input_ids" in record:
+        ids, labels = record["input_ids"], record.get("labels", record["input_ids"])
+        return None if len(ids) == len(labels) > 0 else "input_ids and labels must have the same length, above 0"
+    if "prompt" in record:
+        ok = isinstance(record["prompt"], str) and isinstance(record.get("completion"), str) and record["completion"]
+        return None if ok else "prompt without a completion; give both as text"
+    if not isinstance(record.get("text"), str):
+        return "neither text, nor prompt and completion, nor input_ids; give one of them"
+    return None if record["text"].strip() else "empty text; remove the record"
+
+
+def metadata_of(record: Record) -> Record:
+    """The fields that msif does not know: kept, and queryable in SQL."""
+    return {key: value for key, value in record.items() if key not in KNOWN}
+
+
+def text_of(record: Record) -> str:
+    """What a person reads of a record."""
+    if "prompt" in record:
+        return f"{record['prompt']}{record['completion']}"
+    return str(record.get("text", ""))
+
+
+def _file(path: Path, skipped: Skipped, skip: bool) -> Iterator[tuple[str, Any]]:
+    if path.suffix == ".parquet":
+        row = 0
+        for batch in _parquet(path).iter_batches(batch_size=4096):
+            for record in batch.to_pylist():
+                row += 1
+                yield f"{path}, row {row}", {key: value for key, value in record.items() if value is not None}
+        return
+    with open(path, "rb") as handle:
+        for number, line in enumerate(handle, 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                yield where, json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                skipped.add(f"{where}: not UTF-8 ({error.reason}); re-encode the file", skip)
+            except json.JSONDecodeError as error:
+                skipped.add(f"{where}: not valid JSON ({error.msg}); mend the line or set corpus.skip_bad_records", skip)
+
+
+def _parquet(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a readable Parquet file ({error}); write it again") from None
+
+
+def _hub(source: HubDataset) -> Iterator[tuple[str, Record]]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(source.dataset, source.name, split=source.split, streaming=True)
+    except Exception as error:
+        raise InputError(f"dataset {source.dataset}: cannot be loaded: {error}") from None
+    for number, row in enumerate(rows):
+        rest = {key: value for key, value in row.items() if key not in (source.text, source.id)}
+        key = str(row[source.id]) if source.id else f"{source.dataset}/{source.split}/{number}"
+        yield f"dataset {source.dataset}, row {number}", {"id": key, "text": row[source.text], **rest}
+
+
+def read_list(source: Path | Sequence[Record]) -> list[Record]:
+    """Records of a jsonl file or of a Python list, checked."""
+    if isinstance(source, str | Path):
+        return list(read_records(str(source), Skipped()))
+    return check_all(source, "records")
