@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import torch
 
 from msif_core import corpus, index, scoring, storage
+from msif_core.batching import Sequences
 from msif_core.lexical import LexicalIndex
 from msif_core.retrieval import Candidates, DocumentScores, by_document, duplicate_groups, percentiles
 
@@ -51,7 +52,7 @@ class Generation:
             pipeline.workspace.corpus(pipeline.target),
         )
 
-    def sequences_of(self, documents: list[str]) -> corpus.Sequences:
+    def sequences_of(self, documents: list[str]) -> Sequences:
         """All sequences of the named documents."""
         return corpus.sequences_of_documents(self.corpus_folder, documents)
 
@@ -74,7 +75,9 @@ def answer(pipeline: Pipeline, queries: corpus.Queries, top_k: int) -> Path:
     run_id = pipeline.workspace.new_run()
     folder = pipeline.workspace.attributions / run_id
     shown = Shown.choose(queries, candidates, ranked, top_k)
-    write_table(folder / "influences.parquet", influence_rows(run_id, shown, ranked, candidates, sampled, generation))
+    write_table(
+        folder / "influences.parquet", influence_rows(run_id, shown, ranked, candidates, sampled, generation)
+    )
     write_table(folder / "queries.parquet", query_rows(pipeline, run_id, queries))
     write_table(folder / "samples.parquet", sample_rows(run_id, queries, ranked, sampled))
     layers, tokens = contribution_rows(pipeline, run_id, queries, filtered, shown, sequences, scores)
@@ -89,7 +92,7 @@ def answer(pipeline: Pipeline, queries: corpus.Queries, top_k: int) -> Path:
             "generation": generation.manifest["generation"],
             "recall": generation.manifest["recall"],
             "factors": generation.manifest["factors"],
-            "damping": chain.damping(),
+            "levels": {name: chain.levels(name) for name in filtered},
             "settings": pipeline.config.model_dump(mode="json"),
             "n_queries": len(queries),
             "n_rescored": len(sequences),
@@ -103,7 +106,13 @@ def find_candidates(
 ) -> list[Candidates]:
     """Candidates of each query: the gradient index from both ends, and BM25, as configured."""
     settings = pipeline.config.retrieval
-    count = int(np.clip(settings.rerank_fraction * generation.manifest["n_sequences"], settings.rerank_min, settings.rerank_max))
+    count = int(
+        np.clip(
+            settings.rerank_fraction * generation.manifest["n_sequences"],
+            settings.rerank_min,
+            settings.rerank_max,
+        )
+    )
     found = [Candidates() for _ in range(len(queries))]
     if settings.candidates in ("gradient", "both"):
         psi = pipeline.sketcher().queries(gradients, pipeline.chain())
@@ -112,7 +121,10 @@ def find_candidates(
             for candidate, row in zip(found, ids, strict=True):
                 candidate.add(corpus.documents_of_sequences(generation.corpus_folder, row), "gradient")
     if settings.candidates in ("bm25", "both"):
-        texts = [f"{prompt} {completion}" for prompt, completion in zip(queries.prompts, queries.completions, strict=True)]
+        texts = [
+            f"{prompt} {completion}"
+            for prompt, completion in zip(queries.prompts, queries.completions, strict=True)
+        ]
         for candidate, documents in zip(found, generation.lexical.search(texts, count), strict=True):
             candidate.add(documents, "bm25")
     return found
@@ -135,14 +147,20 @@ class Shown:
         for q, candidate in enumerate(candidates):
             own = sorted((column[name] for name in candidate.sources), key=lambda c: -ranked.total[q, c])
             positive = [c for c in own if ranked.total[q, c] > 0][:top_k]
-            negative = [c for c in reversed(own) if ranked.total[q, c] < 0][: max(1, int(top_k * OPPONENT_SHARE))]
+            negative = [c for c in reversed(own) if ranked.total[q, c] < 0][
+                : max(1, int(top_k * OPPONENT_SHARE))
+            ]
             chosen.append(positive + negative)
         return cls(list(queries.ids), chosen)
 
 
 def influence_rows(
-    run_id: str, shown: Shown, ranked: DocumentScores, candidates: list[Candidates],
-    sampled: list[str], generation: Generation,
+    run_id: str,
+    shown: Shown,
+    ranked: DocumentScores,
+    candidates: list[Candidates],
+    sampled: list[str],
+    generation: Generation,
 ) -> dict[str, list[Any]]:
     """Rows of influences.parquet."""
     column = {name: i for i, name in enumerate(ranked.documents)}
@@ -157,9 +175,17 @@ def influence_rows(
             own = [(i, c) for i, c in enumerate(columns) if sign * ranked.total[q, c] > 0]
             for rank, (i, c) in enumerate(own, 1):
                 values = (
-                    run_id, query_id, ranked.documents[c], int(ranked.best_sequence[q, c]), rank,
-                    float(ranked.total[q, c]), float(ranked.best[q, c]), float(percentile[q, c]), side,
-                    candidates[q].label(ranked.documents[c]), groups[i],
+                    run_id,
+                    query_id,
+                    ranked.documents[c],
+                    int(ranked.best_sequence[q, c]),
+                    rank,
+                    float(ranked.total[q, c]),
+                    float(ranked.best[q, c]),
+                    float(percentile[q, c]),
+                    side,
+                    candidates[q].label(ranked.documents[c]),
+                    groups[i],
                 )
                 for key, value in zip(INFLUENCES.names, values, strict=True):
                     rows[key].append(value)
@@ -169,7 +195,9 @@ def influence_rows(
 def query_rows(pipeline: Pipeline, run_id: str, queries: corpus.Queries) -> dict[str, list[Any]]:
     """Rows of queries.parquet; the loss is the summed negative log-likelihood at the last stage."""
     last = pipeline.config.stages[-1]
-    losses = scoring.losses(pipeline.model(last.name), queries.sequences, pipeline.batch_tokens, task=last.task)
+    losses = scoring.losses(
+        pipeline.model(last.name), queries.sequences, pipeline.batch_tokens, task=last.task
+    )
     return {
         "run_id": [run_id] * len(queries),
         "query_id": list(queries.ids),
@@ -195,8 +223,13 @@ def sample_rows(
 
 
 def contribution_rows(
-    pipeline: Pipeline, run_id: str, queries: corpus.Queries, filtered: dict[str, torch.Tensor],
-    shown: Shown, sequences: corpus.Sequences, scores: np.ndarray,
+    pipeline: Pipeline,
+    run_id: str,
+    queries: corpus.Queries,
+    filtered: dict[str, torch.Tensor],
+    shown: Shown,
+    sequences: Sequences,
+    scores: np.ndarray,
 ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
     """Rows of layers.parquet and tokens.parquet, for the shown documents' best sequences."""
     target = pipeline.config.stage(pipeline.target)
@@ -212,12 +245,18 @@ def contribution_rows(
         best = [max(rows_of[name], key=lambda row: float(scores[q, row])) for name in names]
         own = {name: v[q : q + 1] for name, v in filtered.items()}
         by_map, by_token = scoring.contributions(
-            pipeline.model(target.name), pipeline.maps(target.name), own,
-            sequences.take(np.asarray(best)), pipeline.batch_tokens, task=target.task,
+            pipeline.model(target.name),
+            pipeline.maps(target.name),
+            own,
+            sequences.take(np.asarray(best)),
+            pipeline.batch_tokens,
+            task=target.task,
         )
         for i, name in enumerate(names):
             for map_name, value in by_map[i].items():
-                for key, cell in zip(LAYERS.names, (run_id, shown.query_ids[q], name, map_name, value), strict=True):
+                for key, cell in zip(
+                    LAYERS.names, (run_id, shown.query_ids[q], name, map_name, value), strict=True
+                ):
                     layers[key].append(cell)
             ids = sequences.input_ids[best[i]]
             for position, (token_id, value) in enumerate(zip(ids, by_token[i], strict=True)):

@@ -33,7 +33,9 @@ def capture(model: nn.Module, maps: list[TrackedMap], batch: Batch, loss: Loss, 
     def forward_hook(tracked: TrackedMap) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             if tracked.name in inputs:
-                raise InputError(f"{tracked.name}: called twice in one forward pass; leave it out of curvature.include")
+                raise InputError(
+                    f"{tracked.name}: called twice in one forward pass; leave it out of curvature.include"
+                )
             inputs[tracked.name] = args[0].detach()
             output.register_hook(lambda gradient: backward_hook(tracked, gradient))
 

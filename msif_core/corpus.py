@@ -61,7 +61,9 @@ class Queries:
         )  # fmt: skip
 
 
-def encode(record: records.Record, tokenizer: Any, max_length: int, task: str) -> list[tuple[list[int], list[int]]]:
+def encode(
+    record: records.Record, tokenizer: Any, max_length: int, task: str
+) -> list[tuple[list[int], list[int]]]:
     """A record as windows of (input_ids, labels), labels aligned with input_ids.
 
     Text is cut into windows of `max_length`; a prompt with its completion is one window, the prompt's
@@ -73,11 +75,15 @@ def encode(record: records.Record, tokenizer: Any, max_length: int, task: str) -
     if "input_ids" in record:
         return [(list(record["input_ids"]), list(record.get("labels", record["input_ids"])))]
     if tokenizer is None:
-        raise InputError(f"record {record['id']!r} is text, but the stage's model has no tokenizer; give input_ids")
+        raise InputError(
+            f"record {record['id']!r} is text, but the stage's model has no tokenizer; give input_ids"
+        )
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     if "prompt" in record:
         prompt = tokenizer(record["prompt"], add_special_tokens=False)["input_ids"]
-        completion = (tokenizer(record["completion"], add_special_tokens=False)["input_ids"] + end)[: max_length - 1]
+        completion = (tokenizer(record["completion"], add_special_tokens=False)["input_ids"] + end)[
+            : max_length - 1
+        ]
         prompt = prompt[max(0, len(prompt) + len(completion) - max_length) :]
         return [(prompt + completion, [IGNORED] * len(prompt) + completion)]
     if task == "classification":
@@ -89,14 +95,26 @@ def encode(record: records.Record, tokenizer: Any, max_length: int, task: str) -
 
 
 def tokenize(
-    documents: Documents, folder: Path, *, tokenizer: Any, max_length: int, settings: CorpusSettings, task: str
+    documents: Documents,
+    folder: Path,
+    *,
+    tokenizer: Any,
+    max_length: int,
+    settings: CorpusSettings,
+    task: str,
 ) -> Path:
     """Write `documents` as shards below `folder`; returns the manifest's path. Nothing is done twice."""
     tokens = storage.fingerprint(tokenizer.backend_tokenizer.to_str()) if tokenizer is not None else None
-    key = storage.fingerprint(records.source_fingerprint(documents), settings.model_dump(), max_length, task, tokens)
+    key = storage.fingerprint(
+        records.source_fingerprint(documents), settings.model_dump(), max_length, task, tokens
+    )
     path = folder / "manifest.json"
     previous = storage.read_json(path) if path.exists() else None
-    if previous is not None and previous["key"] == key and all((folder / s["sequences"]).exists() for s in previous["shards"]):
+    if (
+        previous is not None
+        and previous["key"] == key
+        and all((folder / s["sequences"]).exists() for s in previous["shards"])
+    ):
         return path
     skipped = records.Skipped()
     found = partition(documents, folder / "raw", settings, skipped, previous)
@@ -115,7 +133,10 @@ def tokenize(
 
 
 def partition(
-    documents: Documents, folder: Path, settings: CorpusSettings, skipped: records.Skipped,
+    documents: Documents,
+    folder: Path,
+    settings: CorpusSettings,
+    skipped: records.Skipped,
     previous: dict[str, Any] | None,
 ) -> list[Path]:
     """Stream the records into one raw file a shard; a rebuild keeps the number of shards."""  # fmt: skip
@@ -141,7 +162,9 @@ def shard_of(document_id: str, shards: int) -> int:
     return int.from_bytes(hashlib.sha256(document_id.encode()).digest()[:8], "big") % shards
 
 
-def tokenize_shard(raw: Path, folder: Path, number: int, tokenizer: Any, max_length: int, task: str) -> dict[str, Any]:
+def tokenize_shard(
+    raw: Path, folder: Path, number: int, tokenizer: Any, max_length: int, task: str
+) -> dict[str, Any]:
     """Encode one shard's documents; returns its entry in the manifest."""
     rows: dict[str, list[Any]] = {name: [] for name in SEQUENCES.names}
     docs: dict[str, list[Any]] = {name: [] for name in DOCUMENTS.names}
@@ -157,7 +180,16 @@ def tokenize_shard(raw: Path, folder: Path, number: int, tokenizer: Any, max_len
         metadata = json.dumps(records.metadata_of(record), sort_keys=True, ensure_ascii=False)
         tokens = sum(len(ids) for ids, _ in windows)
         digest = hashlib.sha256(line.encode()).hexdigest()[:16]
-        values = (record["id"], records.text_of(record), record.get("source"), metadata, len(windows), tokens, number, digest)
+        values = (
+            record["id"],
+            records.text_of(record),
+            record.get("source"),
+            metadata,
+            len(windows),
+            tokens,
+            number,
+            digest,
+        )
         _append(docs, values)
     names = {kind: f"{kind}-{number:05d}.parquet" for kind in ("shard", "documents", "quarantine")}
     _write(folder / names["shard"], rows, SEQUENCES)
@@ -266,9 +298,15 @@ def quarantine(folder: Path, name: str, documents: Sequence[str], reason: str) -
         _write(folder / f"quarantine-{name}.parquet", rows, QUARANTINE)
 
 
-def encode_list(found: Sequence[records.Record], tokenizer: Any, max_length: int, task: str) -> tuple[Sequences, npt.NDArray[np.int64]]:
+def encode_list(
+    found: Sequence[records.Record], tokenizer: Any, max_length: int, task: str
+) -> tuple[Sequences, npt.NDArray[np.int64]]:
     """Records as sequences, and for each sequence the row of its record."""
-    windows = [(row, pair) for row, record in enumerate(found) for pair in encode(record, tokenizer, max_length, task)]
+    windows = [
+        (row, pair)
+        for row, record in enumerate(found)
+        for pair in encode(record, tokenizer, max_length, task)
+    ]
     ids = [np.asarray(pair[0], np.int32) for _, pair in windows]
     labels = [np.asarray(pair[1], np.int32) for _, pair in windows]
     sequences = Sequences(
@@ -278,7 +316,9 @@ def encode_list(found: Sequence[records.Record], tokenizer: Any, max_length: int
     return sequences, np.asarray([row for row, _ in windows], dtype=np.int64)
 
 
-def load_queries(source: Path | Sequence[records.Record], tokenizer: Any, max_length: int, task: str) -> Queries:
+def load_queries(
+    source: Path | Sequence[records.Record], tokenizer: Any, max_length: int, task: str
+) -> Queries:
     """Queries of a jsonl file or of a list of records, one sequence each.
 
     Raises:
@@ -294,4 +334,10 @@ def load_queries(source: Path | Sequence[records.Record], tokenizer: Any, max_le
         raise InputError(f"query {first!r} does not fit one window of {max_length} tokens; shorten it")
     prompts = [str(r.get("prompt", "")) for r in found]
     completions = [str(r.get("completion", r.get("text", ""))) for r in found]
-    return Queries([str(r["id"]) for r in found], prompts, completions, sequences, [records.metadata_of(r) for r in found])
+    return Queries(
+        [str(r["id"]) for r in found],
+        prompts,
+        completions,
+        sequences,
+        [records.metadata_of(r) for r in found],
+    )

@@ -65,7 +65,9 @@ class Index:
         try:
             index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
         except RuntimeError as error:
-            raise InputError(f"{path}: not a readable index shard ({error}); delete it and run again") from None
+            raise InputError(
+                f"{path}: not a readable index shard ({error}); delete it and run again"
+            ) from None
         inner = faiss.downcast_index(index.index)
         if hasattr(inner, "qb"):
             inner.qb = settings.query_bits

@@ -52,8 +52,12 @@ class TrackedMap:
 
 @lru_cache(maxsize=4)
 def load_model(
-    source: str, device: str = "cpu", dtype: str = "float32", task: str = "causal_lm",
-    revision: str | None = None, trust_remote_code: bool = False,
+    source: str,
+    device: str = "cpu",
+    dtype: str = "float32",
+    task: str = "causal_lm",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """The frozen model in evaluation mode; weights come from safetensors only.
 
@@ -61,7 +65,9 @@ def load_model(
         InputError: there is no such checkpoint, or it has no safetensors, or it is an adapter.
     """  # fmt: skip
     if Path(source, "adapter_config.json").exists():
-        raise InputError(f"{source}: a PEFT adapter; merge it into its base model (merge_and_unload) and save that")
+        raise InputError(
+            f"{source}: a PEFT adapter; merge it into its base model (merge_and_unload) and save that"
+        )
     auto = {
         "causal_lm": transformers.AutoModelForCausalLM,
         "classification": transformers.AutoModelForSequenceClassification,
@@ -120,7 +126,9 @@ def tracked_maps(model: nn.Module, settings: CurvatureSettings) -> list[TrackedM
             )
         found.append(_describe(model, name, module, settings.qkv_split))
     if not found:
-        raise InputError(f"curvature.include {settings.include!r} matches none of the linear maps: {sorted(linear)}")
+        raise InputError(
+            f"curvature.include {settings.include!r} matches none of the linear maps: {sorted(linear)}"
+        )
     return found
 
 

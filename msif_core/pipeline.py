@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from msif_core import answering, catalog, corpus, index, storage
+from msif_core import answering, catalog, corpus, index, records, storage
 from msif_core.attribution import Attribution
+from msif_core.errors import InputError
 from msif_core.evaluation.recall import recall_at_k
 from msif_core.lexical import LexicalIndex
 from msif_core.retrieval import FloatArray
@@ -40,8 +41,8 @@ class Pipeline(Stages):
 
     def sketcher(self) -> Sketcher:
         """Sketches of the attributed stage's documents."""
-        curvature = self.curvature(self.target)
-        return Sketcher(self.maps(self.target), curvature.curvature, curvature.filter, self.config.sketch)
+        task = self.config.stage(self.target).task
+        return Sketcher(self.maps(self.target), self.curvature(self.target), self.config.sketch, task)
 
     def codes_folder(self) -> Path:
         """Folder of the codes that these factors, this filter and this sketch give."""
@@ -56,12 +57,11 @@ class Pipeline(Stages):
     def train_index(self) -> Path:
         """Train the index on the first shard's sketches; pinned until the codes' settings change."""
         folder = self.codes_folder()
-        sketcher = self.sketcher()
-        sketcher.check_or_write(folder / "sketch.json")
+        self.sketcher().check_or_write(folder / "sketch.json")
 
         def build(path: Path) -> None:
             sample = corpus.read_shard(self.shards(self.target)[0]).take(np.arange(512))
-            phi = sketcher.documents(self.model(self.target), sample, self.batch_tokens)
+            phi = self.sketcher().documents(self.model(self.target), sample, self.batch_tokens)
             index.train(phi, self.config.index, self.sequence_count(self.target), path)
 
         return storage.build_once(folder / "trained.faiss", build)
@@ -75,7 +75,8 @@ class Pipeline(Stages):
             sequences = corpus.read_shard(source)
             phi = self.sketcher().documents(self.model(self.target), sequences, self.batch_tokens)
             finite = np.isfinite(phi).all(axis=1)
-            corpus.quarantine(source, sequences, ~finite, "the gradient is not finite")
+            bad = [sequences.document_ids[row] for row in np.flatnonzero(~finite)]
+            corpus.quarantine(source.parent, f"gradients-{source.stem}", bad, "the gradient is not finite")
             index.build_shard(folder / "trained.faiss", phi[finite], sequences.sequence_ids[finite], path)
 
         digest = storage.file_digest(source)[:12]
@@ -89,7 +90,9 @@ class Pipeline(Stages):
             documents = corpus.read_documents(self.workspace.corpus(self.target))
             temporary = folder.with_name(f".tmp-{folder.name}")
             shutil.rmtree(temporary, ignore_errors=True)
-            LexicalIndex.build(documents["document_id"].to_pylist(), documents["text"].to_pylist()).save(temporary)
+            LexicalIndex.build(documents["document_id"].to_pylist(), documents["text"].to_pylist()).save(
+                temporary
+            )
             temporary.rename(folder)
         return folder
 
@@ -115,7 +118,9 @@ class Pipeline(Stages):
         source = self.shards(self.target)[shard]
         chain_key = [self.factors_fingerprint(stage.name) for stage in self.config.stages]
         filters = [stage.filter.model_dump() for stage in self.config.stages]
-        key = storage.fingerprint(queries.sequences.fingerprints, chain_key, filters, storage.file_digest(source))
+        key = storage.fingerprint(
+            queries.sequences.fingerprints, chain_key, filters, storage.file_digest(source)
+        )
 
         def build(path: Path) -> None:
             scores = self.exact_scores(self.filtered(queries.sequences), corpus.read_shard(source))
@@ -151,7 +156,8 @@ class Pipeline(Stages):
     def generation_id(self) -> str:
         """Address of the generation that the corpus, the codes' settings and the chain give."""
         return storage.fingerprint(
-            str(self.codes_folder().name), self.corpus_manifest(self.target)["fingerprint"],
+            str(self.codes_folder().name),
+            self.corpus_manifest(self.target)["fingerprint"],
             self.config.index.model_dump(),
         )
 
@@ -167,6 +173,7 @@ class Pipeline(Stages):
                 "parent": self.workspace.published(),
                 "corpus": self.corpus_manifest(self.target)["fingerprint"],
                 "factors": {stage.name: self.factors_fingerprint(stage.name) for stage in self.config.stages},
+                "codes_key": self.codes_folder().name,
                 "codes": [str(path.relative_to(self.workspace.root)) for path in shards],
                 "lexical": str(self.build_lexical().relative_to(self.workspace.root)),
                 "n_sequences": self.sequence_count(self.target),
@@ -179,6 +186,23 @@ class Pipeline(Stages):
         self.workspace.publish(folder.name)
         return folder
 
+    def check_generation(self, manifest: dict[str, Any]) -> None:
+        """Refuse a generation that belongs to another model, other data or other settings.
+
+        Raises:
+            InputError: names the stage whose factors differ.
+        """
+        for stage in self.config.stages:
+            if manifest["factors"].get(stage.name) != self.factors_fingerprint(stage.name):
+                raise InputError(
+                    f"generation {manifest['generation']} was built with other factors of stage {stage.name!r} "
+                    "(another model, other curvature settings); run `msif run CONFIG` first"
+                )
+        if manifest["codes_key"] != self.codes_folder().name:
+            raise InputError(
+                f"generation {manifest['generation']} was built with another filter or sketch; run `msif run CONFIG` first"
+            )
+
     def publish_catalog(self) -> Path:
         """Build a new catalog over all that is there and move the pointer to it."""
         return catalog.publish(self.workspace.root)
@@ -189,6 +213,8 @@ class Pipeline(Stages):
         """Tokenize, fit and index; a second call finds everything in place. Returns the generation."""
         for stage in (stage.name for stage in self.config.stages):
             self.tokenize(stage)
+            if self.fitted(stage):
+                continue
             shards = range(len(self.shards(stage)))
             for step, finish in (
                 (self.covariance_shard, self.combine_covariances),
@@ -217,9 +243,12 @@ class Pipeline(Stages):
     ) -> FloatArray:
         """Exact scores of given documents, float32 [n_queries, n_documents], in the records' order."""
         filtered = self.filtered(self.read_queries(queries).sequences)
-        sequences, rows = self.read_documents(documents)
+        target = self.config.stage(self.target)
+        found = records.read_list(documents)
+        sequences, rows = corpus.encode_list(
+            found, self.tokenizer(self.target), self.max_length(self.target), target.task
+        )
         scores = self.exact_scores(filtered, sequences)
-        total = np.zeros((len(scores), rows[-1] + 1), dtype=np.float64)
+        total = np.zeros((len(scores), len(found)), dtype=np.float64)
         np.add.at(total.T, rows, scores.T)
         return total.astype(np.float32)
-

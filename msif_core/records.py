@@ -66,7 +66,11 @@ def read_records(documents: Documents, skipped: Skipped, skip: bool = False) -> 
     """
     seen: dict[str, str] = {}
     for source in documents if isinstance(documents, list) else [documents]:
-        streams = [_hub(source)] if isinstance(source, HubDataset) else [_file(p, skipped, skip) for p in files_of(source)]
+        streams = (
+            [_hub(source)]
+            if isinstance(source, HubDataset)
+            else [_file(p, skipped, skip) for p in files_of(source)]
+        )
         for stream in streams:
             for where, record in stream:
                 problem = problem_of(record)
@@ -96,9 +100,15 @@ def problem_of(record: Any) -> str | None:
         return "no id; give each record a string `id`"
     if "input_ids" in record:
         ids, labels = record["input_ids"], record.get("labels", record["input_ids"])
-        return None if len(ids) == len(labels) > 0 else "input_ids and labels must have the same length, above 0"
+        return (
+            None if len(ids) == len(labels) > 0 else "input_ids and labels must have the same length, above 0"
+        )
     if "prompt" in record:
-        ok = isinstance(record["prompt"], str) and isinstance(record.get("completion"), str) and record["completion"]
+        ok = (
+            isinstance(record["prompt"], str)
+            and isinstance(record.get("completion"), str)
+            and record["completion"]
+        )
         return None if ok else "prompt without a completion; give both as text"
     if not isinstance(record.get("text"), str):
         return "neither text, nor prompt and completion, nor input_ids; give one of them"
@@ -135,7 +145,10 @@ def _file(path: Path, skipped: Skipped, skip: bool) -> Iterator[tuple[str, Any]]
             except UnicodeDecodeError as error:
                 skipped.add(f"{where}: not UTF-8 ({error.reason}); re-encode the file", skip)
             except json.JSONDecodeError as error:
-                skipped.add(f"{where}: not valid JSON ({error.msg}); mend the line or set corpus.skip_bad_records", skip)
+                skipped.add(
+                    f"{where}: not valid JSON ({error.msg}); mend the line or set corpus.skip_bad_records",
+                    skip,
+                )
 
 
 def _parquet(path: Path) -> pq.ParquetFile:

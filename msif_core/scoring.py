@@ -36,8 +36,13 @@ def query_gradients(
 
 
 def score_sequences(
-    model: nn.Module, maps: list[TrackedMap], filtered: Gradients, sequences: Sequences, batch_tokens: int,
-    *, task: str,
+    model: nn.Module,
+    maps: list[TrackedMap],
+    filtered: Gradients,
+    sequences: Sequences,
+    batch_tokens: int,
+    *,
+    task: str,
 ) -> FloatArray:
     """Exact scores [Q, N]: the inner products of filtered query gradients and sequence gradients.
 
@@ -68,8 +73,13 @@ def token_products(m: TrackedMap, V: torch.Tensor, a: torch.Tensor, d: torch.Ten
 
 
 def contributions(
-    model: nn.Module, maps: list[TrackedMap], filtered: Gradients, sequences: Sequences, batch_tokens: int,
-    *, task: str,
+    model: nn.Module,
+    maps: list[TrackedMap],
+    filtered: Gradients,
+    sequences: Sequences,
+    batch_tokens: int,
+    *,
+    task: str,
 ) -> tuple[list[dict[str, float]], list[FloatArray]]:
     """One query's score of each sequence, split by map and, the other way, by token.
 

@@ -61,12 +61,16 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
 class Sketcher:
     """Sketches of documents (phi) and of queries (psi); <phi, psi> estimates the exact score."""
 
-    def __init__(self, maps: list[TrackedMap], stage: FilteredStage, settings: SketchSettings, task: str) -> None:
+    def __init__(
+        self, maps: list[TrackedMap], stage: FilteredStage, settings: SketchSettings, task: str
+    ) -> None:
         self.maps = maps
         self.stage = stage
         self.settings = settings
         self.task = task
-        self.offsets = dict(zip((m.name for m in maps), np.cumsum([0, *(m.size for m in maps)])[:-1].tolist(), strict=True))
+        self.offsets = dict(
+            zip((m.name for m in maps), np.cumsum([0, *(m.size for m in maps)])[:-1].tolist(), strict=True)
+        )
         self.total = sum(m.size for m in maps)
         self.fold = fold_length(settings.dimensions, {m.d_in for m in maps})
         self.width = min(self.fold, self.total)
@@ -89,7 +93,9 @@ class Sketcher:
             storage.write_json(path, self.manifest())
         elif (found := storage.read_json(path)) != self.manifest():
             keys = [key for key in self.manifest() if found.get(key) != self.manifest()[key]]
-            raise InputError(f"{path}: made with another sketch ({', '.join(keys)} differ); rebuild the index with --refit")
+            raise InputError(
+                f"{path}: made with another sketch ({', '.join(keys)} differ); rebuild the index with --refit"
+            )
 
     def document_weight(self, name: str) -> torch.Tensor:
         """Whitening of a document's rotated gradient of one map, [G, b, d_in]."""
@@ -99,11 +105,13 @@ class Sketcher:
             return root
         if self.settings.whitening == "kronecker":  # the rank-one fit of log f^(1/2): row plus column means
             log = root.log()
-            return (log.mean(-1, keepdim=True) + log.mean(-2, keepdim=True) - log.mean((-2, -1), keepdim=True)).exp()
+            return (
+                log.mean(-1, keepdim=True) + log.mean(-2, keepdim=True) - log.mean((-2, -1), keepdim=True)
+            ).exp()
         return torch.ones_like(root)
 
     def documents(self, model: nn.Module, sequences: Sequences, batch_tokens: int) -> FloatArray:
-        """phi of each sequence: float32 [N, dimensions]."""
+        """Phi of each sequence: float32 [N, dimensions]."""
         device = next(model.parameters()).device
         factors = {m.name: self.stage.curvature[m.name] for m in self.maps}
         weights = {m.name: self._signed(m, self.document_weight(m.name)).to(device) for m in self.maps}
@@ -111,7 +119,9 @@ class Sketcher:
         for batch in batches(sequences, batch_tokens, device):
             folded = torch.zeros(len(batch.rows), self.fold, device=device)
 
-            def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, folded: torch.Tensor = folded) -> None:
+            def consume(
+                m: TrackedMap, a: torch.Tensor, d: torch.Tensor, folded: torch.Tensor = folded
+            ) -> None:
                 gradient = rotated_gradients(a.float(), d.float(), factors[m.name]).flatten(1)
                 self._add(folded, gradient.mul_(weights[m.name]), self.offsets[m.name])
 
@@ -120,7 +130,7 @@ class Sketcher:
         return phi
 
     def queries(self, gradients: dict[str, torch.Tensor], chain: Chain) -> FloatArray:
-        """psi of queries whose gradients [Q, G, b, d_in] at the last stage are given: float32 [Q, dimensions]."""
+        """Psi of queries whose gradients [Q, G, b, d_in] at the last stage are given: float32 [Q, dimensions]."""
         first = next(iter(gradients.values()))
         folded = torch.zeros(len(first), self.fold, device=first.device)
         for m in self.maps:

@@ -14,7 +14,8 @@ from typing import Any, Self
 import torch
 
 from msif_core import corpus, models, scoring, storage
-from msif_core.chain import Chain, StageCurvature
+from msif_core.batching import Sequences
+from msif_core.chain import Chain, FilteredStage
 from msif_core.config import Config
 from msif_core.curvature import filters, fit
 from msif_core.curvature.factors import Factors
@@ -139,53 +140,68 @@ class Stages:
         """Folder of the stage's factors."""
         return self.workspace.factors(self.factors_fingerprint(stage))
 
-    def fit_sample(self, stage: str, shard: int) -> corpus.Sequences:
+    def fit_sample(self, stage: str, shard: int) -> Sequences:
         """The shard's part of the random sample that the fit uses."""
         sequences = corpus.read_shard(self.shards(stage)[shard])
         share = min(1.0, self.config.curvature.max_sequences / self.sequence_count(stage))
         return sequences.take(fit.sample_rows(sequences.fingerprints, share, self.config.curvature.seed))
 
     def covariance_shard(self, stage: str, shard: int) -> Path:
-        """Sum a a^T and d d^T over one shard's sample."""
-        return self._fit_shard(stage, shard, "covariance", fit.covariance_shard)
+        """Sum a a^T and d d^T over one shard's part of the sample."""
+        path = self.factors_folder(stage) / "partial" / f"covariance-{shard:05d}.safetensors"
+        if storage.is_whole(path):
+            return path
+        return fit.covariance_shard(
+            self.model(stage),
+            self.maps(stage),
+            self.fit_sample(stage, shard),
+            path,
+            **self._fit_options(stage),
+        )
 
     def combine_covariances(self, stage: str) -> Path:
-        """Add the shards' sums and diagonalise them."""
-        folder = self.factors_folder(stage)
+        """Add the shards' sums and diagonalise them; returns the factors' folder."""
         paths = [self.covariance_shard(stage, shard) for shard in range(len(self.shards(stage)))]
-        return fit.combine_covariances(paths, self.maps(stage), folder)
+        return fit.combine_covariances(paths, self.maps(stage), self.factors_folder(stage))
 
     def eigenvalue_shard(self, stage: str, shard: int) -> Path:
-        """Sum the squared rotated gradients of one shard's sample."""
-        return self._fit_shard(stage, shard, "eigenvalues", fit.eigenvalue_shard)
+        """Sum the squared rotated gradients of one shard's part of the sample."""
+        folder = self.factors_folder(stage)
+        path = folder / "partial" / f"eigenvalues-{shard:05d}.safetensors"
+        if storage.is_whole(path):
+            return path
+        return fit.eigenvalue_shard(
+            self.model(stage), self.maps(stage), self.fit_sample(stage, shard), path,
+            folder=folder, **self._fit_options(stage),
+        )  # fmt: skip
 
     def combine_eigenvalues(self, stage: str) -> Path:
         """Add the shards' sums into the corrected eigenvalues; returns the finished factors' folder."""
-        folder = self.factors_folder(stage)
         paths = [self.eigenvalue_shard(stage, shard) for shard in range(len(self.shards(stage)))]
-        return fit.combine_eigenvalues(paths, self.maps(stage), folder)
+        return fit.combine_eigenvalues(paths, self.maps(stage), self.factors_folder(stage))
 
-    def _fit_shard(self, stage: str, shard: int, name: str, run: Callable[..., Path]) -> Path:
-        path = self.factors_folder(stage) / "partial" / f"{name}-{shard:05d}.safetensors"
-        return run(
-            self.model(stage),
-            self.maps(stage),
-            lambda: self.fit_sample(stage, shard),
-            path,
-            folder=self.factors_folder(stage),
-            settings=self.config.curvature,
-            task=self.config.stage(stage).task,
-            batch_tokens=self.batch_tokens,
-        )
+    def _fit_options(self, stage: str) -> dict[str, Any]:
+        return {
+            "task": self.config.stage(stage).task,
+            "seed": self.config.curvature.seed,
+            "batch_tokens": self.config.compute.batch_tokens,
+            "budget_gb": self.config.curvature.memory_budget_gb,
+        }
+
+    def fitted(self, stage: str) -> bool:
+        """Whether the stage's factors are finished (and, being pinned, stay as they are)."""
+        return (self.factors_folder(stage) / "factors.json").exists()
 
     def factors(self, stage: str) -> Factors:
         """The stage's finished factors, memory-mapped."""
-        return Factors.open(self.factors_folder(stage))
+        return Factors.open(self.factors_folder(stage), device=str(self.device))
 
-    def curvature(self, stage: str) -> StageCurvature:
+    def curvature(self, stage: str) -> FilteredStage:
         """The stage's factors with its filter."""
         factors = self.factors(stage)
-        return StageCurvature(factors, filters.from_settings(self.config.stage(stage).filter, factors.mean_targets))
+        return FilteredStage(
+            factors, filters.from_settings(self.config.stage(stage).filter, factors.mean_targets)
+        )
 
     def chain(self) -> Chain:
         """Every stage's curvature and filter, from the attributed stage's point of view."""
@@ -197,24 +213,31 @@ class Stages:
     def read_queries(self, source: Path | Sequence[dict[str, Any]]) -> corpus.Queries:
         """Queries for the last stage's model, from a jsonl file or from records."""
         last = self.config.stages[-1].name
-        return corpus.load_queries(source, self.tokenizer(last), self.max_length(last))
+        return corpus.load_queries(
+            source, self.tokenizer(last), self.max_length(last), self.config.stages[-1].task
+        )
 
-    def query_gradients(self, sequences: corpus.Sequences) -> dict[str, torch.Tensor]:
+    def query_gradients(self, sequences: Sequences) -> dict[str, torch.Tensor]:
         """Gradients of the queries' losses at the last stage: map name to [Q, G, b, d_in]."""
         last = self.config.stages[-1]
         return scoring.query_gradients(
             self.model(last.name), self.maps(last.name), sequences, self.batch_tokens, task=last.task
         )
 
-    def filtered(self, sequences: corpus.Sequences) -> dict[str, torch.Tensor]:
+    def filtered(self, sequences: Sequences) -> dict[str, torch.Tensor]:
         """The queries' gradients passed down the chain; maps without a parent in the attributed stage drop out."""
         chain = self.chain()
         passed = {name: chain.filter(name, v) for name, v in self.query_gradients(sequences).items()}
         return {name: v for name, v in passed.items() if v is not None}
 
-    def exact_scores(self, filtered: dict[str, torch.Tensor], sequences: corpus.Sequences) -> FloatArray:
+    def exact_scores(self, filtered: dict[str, torch.Tensor], sequences: Sequences) -> FloatArray:
         """Exact scores of the attributed stage's sequences, float32 [Q, N]."""
         target = self.config.stage(self.config.attribute_to)
         return scoring.score_sequences(
-            self.model(target.name), self.maps(target.name), filtered, sequences, self.batch_tokens, task=target.task
+            self.model(target.name),
+            self.maps(target.name),
+            filtered,
+            sequences,
+            self.batch_tokens,
+            task=target.task,
         )

@@ -61,11 +61,20 @@ def build_once(path: Path, build: Callable[[Path], None]) -> Path:
 
     A file whose bytes no longer match the checksum written beside it is rebuilt.
     """
-    checksum = path.with_name(path.name + ".sha256")
-    if path.exists() and checksum.exists() and checksum.read_text().strip() == file_digest(path):
+    if is_whole(path):
         return path
     with atomic_path(path) as temporary:
         build(temporary)
         digest = file_digest(temporary)
-    write_text(checksum, digest + "\n")
+    write_text(_checksum(path), digest + "\n")
     return path
+
+
+def is_whole(path: Path) -> bool:
+    """Whether `path` stands with the bytes that its checksum promises."""
+    checksum = _checksum(path)
+    return path.exists() and checksum.exists() and checksum.read_text().strip() == file_digest(path)
+
+
+def _checksum(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")

@@ -55,7 +55,7 @@ class Damped:
         return 1 / (eigenvalues + self.level(eigenvalues))
 
     def passing(self, eigenvalues: torch.Tensor) -> torch.Tensor:
-        """damping / (Lambda + damping)."""
+        """Damping / (Lambda + damping)."""
         level = self.level(eigenvalues)
         return level / (eigenvalues + level)
 

@@ -88,8 +88,14 @@ def covariance_sums(
 
 
 def eigenvalue_sums(
-    model: nn.Module, maps: list[TrackedMap], factors: dict[str, MapFactors], sequences: Sequences, *,
-    task: str, seed: int, batch_tokens: int,
+    model: nn.Module,
+    maps: list[TrackedMap],
+    factors: dict[str, MapFactors],
+    sequences: Sequences,
+    *,
+    task: str,
+    seed: int,
+    batch_tokens: int,
 ) -> dict[str, torch.Tensor]:
     """Sums over sequences of (Q_S^T G Q_A)^2, [G, b, d_in] for each map."""  # fmt: skip
     dtype = sum_dtype(model)
@@ -118,7 +124,7 @@ def rotated_gradients(a: torch.Tensor, d: torch.Tensor, factors: MapFactors) -> 
 
 
 def rotate_outputs(d: torch.Tensor, Q_S: torch.Tensor) -> torch.Tensor:
-    """d [N, T, G, b] times each block's Q_S [G, b, b]."""
+    """D [N, T, G, b] times each block's Q_S [G, b, b]."""
     if Q_S.shape[0] == 1:
         return d @ Q_S[0]
     return torch.einsum("ntgb,gbc->ntgc", d, Q_S)
@@ -130,8 +136,15 @@ def per_sequence_gradients(a: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
 
 
 def covariance_shard(
-    model: nn.Module, maps: list[TrackedMap], sequences: Sequences, path: Path, *,
-    task: str, seed: int, batch_tokens: int, budget_gb: float,
+    model: nn.Module,
+    maps: list[TrackedMap],
+    sequences: Sequences,
+    path: Path,
+    *,
+    task: str,
+    seed: int,
+    batch_tokens: int,
+    budget_gb: float,
 ) -> Path:
     """Covariance sums of one shard, written to `path` unless they stand there whole."""  # fmt: skip
 
@@ -169,8 +182,16 @@ def combine_covariances(paths: list[Path], maps: list[TrackedMap], folder: Path)
 
 
 def eigenvalue_shard(
-    model: nn.Module, maps: list[TrackedMap], sequences: Sequences, path: Path, *,
-    folder: Path, task: str, seed: int, batch_tokens: int, budget_gb: float,
+    model: nn.Module,
+    maps: list[TrackedMap],
+    sequences: Sequences,
+    path: Path,
+    *,
+    folder: Path,
+    task: str,
+    seed: int,
+    batch_tokens: int,
+    budget_gb: float,
 ) -> Path:
     """Sums of squared rotated gradients of one shard, in the bases that stand in `folder`."""  # fmt: skip
 
