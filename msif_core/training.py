@@ -190,7 +190,7 @@ def optimize(
     return losses, rates
 
 
-def mean_token_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+def mean_token_loss(model: Any, batch: Batch) -> torch.Tensor:
     """Mean loss of the batch's target tokens; logits are computed at the positions that have one."""
     hidden = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
     targets = batch.labels[:, 1:]

@@ -1,0 +1,186 @@
+"""A stored attribution: ranked documents with exact scores, and what they are made of."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from msif_core import storage
+from msif_core.errors import InputError
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Document:
+    """What the corpus knows of a ranked document."""
+
+    document_id: str
+    text: str = ""
+    source: str = ""
+    metadata: str = "{}"
+    n_tokens: int = 0
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The metadata, parsed."""
+        return dict(json.loads(self.metadata or "{}"))
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """Tokens and the part of the score that each carries, float32 [T]."""
+
+    tokens: list[str]
+    scores: FloatArray
+
+    def _repr_html_(self) -> str:
+        strongest = float(np.abs(self.scores).max(initial=0)) or 1.0
+        spans = []
+        for token, score in zip(self.tokens, self.scores, strict=True):
+            colour = "0,114,178" if score > 0 else "213,94,0"
+            style = f"background:rgba({colour},{0.6 * abs(score) / strongest:.2f})"
+            spans.append(f'<span style="{style}" title="{score:+.4g}">{html.escape(token)}</span>')
+        return f'<div style="white-space:pre-wrap;line-height:1.6">{"".join(spans)}</div>'
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """The answer to a set of queries, read from its folder.
+
+    `score > 0`: more training on the document lowers the query's loss (a proponent); `score < 0`: an
+    opponent. `table` has a row per query and ranked document.
+    """
+
+    folder: Path
+    table: pa.Table
+    queries: pa.Table
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Attribution:
+        """Read a run's folder, attributions/<run_id>.
+
+        Raises:
+            InputError: the folder holds no complete attribution.
+        """
+        folder = Path(folder)
+        if not (folder / "manifest.json").exists():
+            raise InputError(f"{folder}: no complete attribution there (its manifest.json is missing)")
+        influences, queries = (pq.read_table(folder / f"{name}.parquet") for name in ("influences", "queries"))
+        return cls(folder, influences, queries, storage.read_json(folder / "manifest.json"))
+
+    @property
+    def run_id(self) -> str:
+        """Name of the run."""
+        return str(self.manifest["run_id"])
+
+    @cached_property
+    def query_ids(self) -> list[str]:
+        """Queries in their order: the rows of `scores`."""
+        return list(self.queries["query_id"].to_pylist())
+
+    @cached_property
+    def document_ids(self) -> list[str]:
+        """Documents that some query shows, sorted: the columns of `scores`."""
+        return sorted(set(self.table["document_id"].to_pylist()))
+
+    @cached_property
+    def scores(self) -> FloatArray:
+        """Exact scores, float32 [n_queries, n_documents]; NaN where a query does not show the document."""
+        scores = np.full((len(self.query_ids), len(self.document_ids)), np.nan, dtype=np.float32)
+        row = {name: i for i, name in enumerate(self.query_ids)}
+        column = {name: i for i, name in enumerate(self.document_ids)}
+        for query, document, score in zip(
+            *(self.table[name].to_pylist() for name in ("query_id", "document_id", "score")), strict=True
+        ):
+            scores[row[query], column[document]] = score
+        return scores
+
+    @cached_property
+    def samples(self) -> pa.Table:
+        """Exact scores of random documents, the ground of the percentiles."""
+        return pq.read_table(self.folder / "samples.parquet")
+
+    @cached_property
+    def layers(self) -> pa.Table:
+        """Contributions of linear maps."""
+        return pq.read_table(self.folder / "layers.parquet")
+
+    @cached_property
+    def tokens(self) -> pa.Table:
+        """Contributions of tokens."""
+        return pq.read_table(self.folder / "tokens.parquet")
+
+    @cached_property
+    def documents(self) -> dict[str, Document]:
+        """Texts and metadata of the ranked documents; without them where the corpus is gone."""
+        stage = self.manifest.get("settings", {}).get("attribute_to", "")
+        found = {name: Document(name) for name in self.document_ids}
+        columns = ["document_id", "text", "source", "metadata", "n_tokens"]
+        wanted = pa.array(self.document_ids, pa.string())
+        for path in sorted((self.folder.parents[1] / "corpus" / stage).glob("documents-*.parquet")):
+            rows = pq.read_table(path, columns=columns, filters=pc.field("document_id").isin(wanted))
+            for row in rows.to_pylist():
+                found[row["document_id"]] = Document(**{k: v for k, v in row.items() if v is not None})
+        return found
+
+    @cached_property
+    def _heatmaps(self) -> dict[tuple[str, str, str], Heatmap]:
+        names = ("query_id", "document_id", "side", "position", "token", "score")
+        rows: dict[tuple[str, str, str], list[tuple[int, str, float]]] = defaultdict(list)
+        for query, document, side, *rest in zip(*(self.tokens[n].to_pylist() for n in names), strict=True):
+            rows[query, document, side].append(tuple(rest))
+        maps = {}
+        for key, cells in rows.items():
+            cells.sort(key=lambda cell: cell[0])
+            scores = np.asarray([score for _, _, score in cells], dtype=np.float32)
+            maps[key] = Heatmap([token for _, token, _ in cells], scores)
+        return maps
+
+    def heatmap(self, query: str, document: str, side: str = "document") -> Heatmap:
+        """Token scores of a document's best sequence, or of the query's tokens with side="query".
+
+        Raises:
+            InputError: the run did not store that pair.
+        """
+        if (query, document, side) not in self._heatmaps:
+            raise InputError(f"run {self.run_id} stored no {side} tokens of query {query!r}, document {document!r}")
+        return self._heatmaps[query, document, side]
+
+    def has_heatmap(self, query: str, document: str, side: str = "document") -> bool:
+        """Whether `heatmap` has that pair."""
+        return (query, document, side) in self._heatmaps
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the attribution as one self-contained page; returns its path."""
+        from msif_core.report import render
+
+        path = Path(path)
+        storage.write_text(path, render(self))
+        return path
+
+    def _repr_html_(self) -> str:
+        """The first documents of the first queries, for a notebook."""
+        order = [("query_id", "ascending"), ("side", "descending"), ("rank", "ascending")]
+        rows = self.table.filter(pc.field("rank") <= 3).sort_by(order).slice(0, 30).to_pylist()
+        cells = "".join(
+            f"<tr><td>{html.escape(row['query_id'])}</td><td>{row['side']}</td><td>{row['rank']}</td>"
+            f"<td>{row['score']:+.4g}</td><td>{html.escape(row['document_id'])}</td>"
+            f'<td style="text-align:left">{html.escape(self.documents[row["document_id"]].text[:120])}</td></tr>'
+            for row in rows
+        )
+        head = "".join(f"<th>{name}</th>" for name in ("query", "side", "rank", "score", "document", "text"))
+        count = f"{len(self.query_ids)} queries, {self.table.num_rows} ranked documents"
+        return f"<p>Attribution {html.escape(self.run_id)}: {count}</p><table><tr>{head}</tr>{cells}</table>"

@@ -1,0 +1,131 @@
+"""Marks of the page: token levels, the score distribution, contributions by layer. Pure functions."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup, escape
+
+from msif_core.attribution import FloatArray, Heatmap
+
+LEVELS = 5
+"""Steps of colour on each side of zero."""
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """`value` with its sign and a true minus, to `digits` significant digits."""
+    if value is None or math.isnan(value):
+        return "–"
+    text = f"{value:+.{digits}g}"
+    if "e" in text:
+        mantissa, exponent = text.split("e")
+        text = f"{mantissa}e{int(exponent)}"
+    return text.replace("-", "−")
+
+
+def level(value: float, strongest: float) -> str:
+    """CSS class of a value: p1 to p5 for proponents, n1 to n5 for opponents, none near zero."""
+    if strongest <= 0 or math.isnan(value):
+        return ""
+    step = round(LEVELS * min(1.0, abs(value) / strongest))
+    return f"{'p' if value > 0 else 'n'}{step}" if step else ""
+
+
+def token_spans(heat: Heatmap) -> Markup:
+    """Tokens as coloured spans, relative to the strongest token; near-zero neighbours as plain text."""
+    strongest = float(np.abs(heat.scores).max(initial=0.0))
+    parts = []
+    for token, score in zip(heat.tokens, heat.scores, strict=True):
+        css = level(float(score), strongest)
+        text = escape(token)
+        parts.append(Markup('<i class="{}" title="{}">{}</i>').format(css, number(float(score)), text) if css else text)
+    return Markup("").join(parts)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Contributions by layer (rows) and kind of map (columns); the last column is the layer's sum."""
+
+    kinds: list[str]
+    layers: list[str]
+    cells: list[list[float | None]]
+    sums: list[float]
+
+    @property
+    def strongest(self) -> float:
+        """Largest magnitude of a cell."""
+        return max((abs(v) for row in self.cells for v in row if v is not None), default=0.0)
+
+    @property
+    def strongest_sum(self) -> float:
+        """Largest magnitude of a layer's sum."""
+        return max(map(abs, self.sums), default=0.0)
+
+
+def split_name(name: str) -> tuple[int | None, str]:
+    """Layer number and kind of a map: "gpt_neox.layers.3.mlp.dense" is (3, "mlp.dense")."""
+    found = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
+    return (int(found[1]), found[2]) if found else (None, name)
+
+
+def grid(names: Sequence[str], scores: Sequence[float]) -> Grid:
+    """Sum the scores of maps into a grid of layers and kinds."""
+    values: dict[tuple[int, str], float] = {}
+    kinds: dict[str, None] = {}
+    for name, score in zip(names, scores, strict=True):
+        layer, kind = split_name(name)
+        kinds.setdefault(kind)
+        key = (-1 if layer is None else layer, kind)
+        values[key] = values.get(key, 0.0) + score
+    layers = sorted({layer for layer, _ in values}, key=lambda layer: (layer < 0, layer))
+    cells = [[values.get((layer, kind)) for kind in kinds] for layer in layers]
+    sums = [sum(v for v in row if v is not None) for row in cells]
+    return Grid(list(kinds), ["other" if layer < 0 else str(layer) for layer in layers], cells, sums)
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Geometry of the score distribution in a box of WIDTH x HEIGHT; x is asinh of the score."""
+
+    bars: list[tuple[float, float, float]]
+    proponents: list[float]
+    opponents: list[float]
+    ticks: list[tuple[float, str]]
+    zero: float
+
+
+WIDTH, HEIGHT = 640.0, 70.0
+BINS = 48
+
+
+def distribution(sample: FloatArray, ranked: FloatArray) -> Distribution | None:
+    """Histogram of the random sample with the ranked documents' scores; None without either."""
+    sample = sample[np.isfinite(sample)]
+    ranked = ranked[np.isfinite(ranked)]
+    values = np.concatenate([sample, ranked]).astype(np.float64)
+    if len(values) == 0 or not np.abs(values).max():
+        return None
+    unit = float(np.median(np.abs(sample))) if len(sample) else 0.0
+    unit = unit or float(np.abs(values).max()) / 100
+    low, high = (math.asinh(min(0.0, v) / unit) if v < 0 else math.asinh(v / unit) for v in (values.min(), values.max()))
+    low, high = min(low, -0.3), max(high, 0.3)
+    margin = 0.04 * (high - low)
+
+    def x(score: float) -> float:
+        return WIDTH * (math.asinh(score / unit) - low + margin) / (high - low + 2 * margin)
+
+    counts, edges = np.histogram([x(v) for v in sample], bins=BINS, range=(0, WIDTH))
+    tallest = max(int(counts.max()), 1)
+    bars = [(float(e), WIDTH / BINS - 1, HEIGHT * c / tallest) for e, c in zip(edges, counts, strict=False) if c]
+    powers = [10.0**e for e in range(math.floor(math.log10(unit)), math.ceil(math.log10(np.abs(values).max())) + 1)]
+    ticks: list[tuple[float, str]] = [(x(0), "0")]
+    for value in sorted([*powers, *(-p for p in powers)], key=abs, reverse=True):
+        at = x(value)
+        if 12 < at < WIDTH - 12 and all(abs(at - other) > 52 for other, _ in ticks):
+            ticks.append((at, number(value)))
+    marks = [(x(float(v)), v > 0) for v in ranked]
+    return Distribution(bars, [m for m, up in marks if up], [m for m, up in marks if not up], sorted(ticks), x(0))

@@ -1,0 +1,172 @@
+"""From an attribution to the values that the page's template shows."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from msif_core.attribution import Attribution, Document
+from msif_core.report import charts
+
+TEMPLATES = Path(__file__).parent
+SNIPPET = 180
+
+
+@dataclass(frozen=True)
+class RankedDocument:
+    """One row of a query's ranking."""
+
+    row: dict[str, Any]
+    document: Document
+    width: float
+    tokens: Markup | None
+    query_tokens: Markup | None
+    grid: charts.Grid
+    duplicate_of: int | None
+
+    @property
+    def snippet(self) -> str:
+        """The text's beginning on one line."""
+        text = " ".join(self.document.text.split())
+        return text if len(text) <= SNIPPET else text[:SNIPPET].rsplit(" ", 1)[0] + " …"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source's part of a query's support."""
+
+    name: str
+    count: int
+    share: float
+
+
+@dataclass(frozen=True)
+class QueryView:
+    """One query with its ranking and plots."""
+
+    number: int
+    row: dict[str, Any]
+    proponents: list[RankedDocument]
+    opponents: list[RankedDocument]
+    grid: charts.Grid
+    distribution: charts.Distribution | None
+    n_sample: int
+    sources: list[Source]
+
+    @property
+    def best(self) -> RankedDocument | None:
+        """The strongest proponent."""
+        return self.proponents[0] if self.proponents else None
+
+
+def render(attribution: Attribution) -> str:
+    """The page, one HTML string without outside assets."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": charts.number, "level": charts.level}
+    manifest = attribution.manifest
+    settings = manifest.get("settings", {})
+    return environment.get_template("page.html.j2").render(
+        css=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
+        js=Markup((TEMPLATES / "page.js").read_text(encoding="utf-8")),
+        run_id=attribution.run_id,
+        manifest=manifest,
+        settings=settings,
+        stages=settings.get("stages", []),
+        attributed=settings.get("attribute_to", ""),
+        recall=recall_rows(manifest.get("recall") or {}),
+        stored=json.dumps({k: manifest[k] for k in ("settings", "damping") if k in manifest}, indent=1),
+        queries=query_views(attribution),
+        chart_width=charts.WIDTH,
+        chart_height=charts.HEIGHT,
+    )
+
+
+def recall_rows(recall: dict[str, Any]) -> list[tuple[str, float]]:
+    """Shares of the sequences, as percentages, with the part of the exact top ten found there."""
+    found = recall.get("recall_at_10") or {}
+    return [(f"{100 * float(share):g}%", float(value)) for share, value in found.items()]
+
+
+def query_views(attribution: Attribution) -> list[QueryView]:
+    """All queries in their order."""
+    influences, layers, samples = (_by_query(t) for t in (attribution.table, attribution.layers, attribution.samples))
+    return [
+        _query_view(attribution, number, row, *(part.get(row["query_id"], []) for part in (influences, layers, samples)))
+        for number, row in enumerate(attribution.queries.to_pylist(), 1)
+    ]
+
+
+def _by_query(table: Any) -> dict[str, list[dict[str, Any]]]:
+    rows = defaultdict(list)
+    for row in table.to_pylist():
+        rows[row["query_id"]].append(row)
+    return rows
+
+
+def _query_view(
+    attribution: Attribution,
+    number: int,
+    row: dict[str, Any],
+    influences: list[dict[str, Any]],
+    layers: list[dict[str, Any]],
+    samples: list[dict[str, Any]],
+) -> QueryView:
+    maps: dict[str, list[tuple[str, float]]] = defaultdict(list)
+    for cell in layers:
+        maps[cell["document_id"]].append((cell["map"], cell["score"]))
+    influences = sorted(influences, key=lambda r: (r["side"] != "proponent", r["rank"]))
+    strongest = max((abs(r["score"]) for r in influences), default=0.0) or 1.0
+    first_of_group: dict[int, int] = {}
+    shown = []
+    for influence in influences:
+        name = influence["document_id"]
+        first = first_of_group.setdefault(influence["duplicate_group"], influence["rank"])
+        shown.append(
+            RankedDocument(
+                influence,
+                attribution.documents[name],
+                100 * abs(influence["score"]) / strongest,
+                _tokens(attribution, row["query_id"], name, "document"),
+                _tokens(attribution, row["query_id"], name, "query"),
+                charts.grid([m for m, _ in maps[name]], [s for _, s in maps[name]]),
+                first if first != influence["rank"] and influence["side"] == "proponent" else None,
+            )
+        )
+    proponents = [d for d in shown if d.row["side"] == "proponent"]
+    support = [pair for d in proponents for pair in maps[d.row["document_id"]]]
+    sample = np.asarray([s["score"] for s in samples], dtype=np.float32)
+    scores = np.asarray([r["score"] for r in influences], dtype=np.float32)
+    return QueryView(
+        number,
+        row,
+        proponents,
+        [d for d in shown if d.row["side"] == "opponent"],
+        charts.grid([m for m, _ in support], [s for _, s in support]),
+        charts.distribution(sample, scores),
+        len(sample),
+        _sources(proponents),
+    )
+
+
+def _tokens(attribution: Attribution, query: str, document: str, side: str) -> Markup | None:
+    if not attribution.has_heatmap(query, document, side):
+        return None
+    return charts.token_spans(attribution.heatmap(query, document, side))
+
+
+def _sources(proponents: list[RankedDocument]) -> list[Source]:
+    total = sum(d.row["score"] for d in proponents)
+    scores: dict[str, list[float]] = defaultdict(list)
+    for d in proponents:
+        scores[d.document.source or "no source given"].append(d.row["score"])
+    found = [Source(name, len(values), sum(values) / total) for name, values in scores.items()]
+    return sorted(found, key=lambda source: -source.share)
