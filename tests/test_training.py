@@ -10,15 +10,24 @@ import torch
 from transformers import AutoTokenizer
 
 from msif_core import storage
-from msif_core.batching import IGNORED, Sequences, sequence_fingerprint
+from msif_core.batching import IGNORED, Sequences, batches, sequence_fingerprint
 from msif_core.config import Training
 from msif_core.errors import InputError
 from msif_core.training import (
-    Architecture, learning_rates, mean_token_loss, new_model, optimize, sequence_losses, step_count, step_rows,
-    train_stage, train_tokenizer,
+    Architecture,
+    learning_rates,
+    mean_token_loss,
+    new_model,
+    optimize,
+    sequence_losses,
+    step_count,
+    step_rows,
+    train_stage,
+    train_tokenizer,
 )  # fmt: skip
 
-TEXTS = [f"the {colour} {animal} sat on the {colour} mat" for colour in ("red", "blue", "grey") for animal in ("cat", "dog")]
+COLOURS, ANIMALS = ("red", "blue", "grey"), ("cat", "dog")
+TEXTS = [f"the {colour} {animal} sat on the {colour} mat" for colour in COLOURS for animal in ANIMALS]
 SMALL = Architecture(hidden=16, layers=1, heads=2, positions=32)
 
 
@@ -109,12 +118,10 @@ def test_loss_is_the_mean_over_targets_alone(tokenizer: object) -> None:
     model, data = new_model(tokenizer, SMALL).eval(), sequences_of(tokenizer, prompt=4)
     sums, counts = sequence_losses(model, data, batch_tokens=30)
     assert counts.tolist() == [len(ids) - 4 for ids in data.input_ids]
-    from msif_core.batching import batches
-
     (batch,) = batches(data, 10_000)
-    assert float(mean_token_loss(model, batch)) == pytest.approx(sums.sum() / counts.sum(), rel=1e-5)
+    assert mean_token_loss(model, batch).item() == pytest.approx(sums.sum() / counts.sum(), rel=1e-5)
     expected = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
-    assert float(mean_token_loss(model, batch)) == pytest.approx(float(expected), rel=1e-5)
+    assert mean_token_loss(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_sgd_takes_the_plain_step(tokenizer: object) -> None:
