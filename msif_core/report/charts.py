@@ -20,10 +20,8 @@ def number(value: float | None, digits: int = 3) -> str:
     """`value` with its sign and a true minus, to `digits` significant digits."""
     if value is None or math.isnan(value):
         return "–"
-    text = f"{value:+.{digits}g}"
-    if "e" in text:
-        mantissa, exponent = text.split("e")
-        text = f"{mantissa}e{int(exponent)}"
+    mantissa, _, exponent = f"{value:+#.{digits}g}".partition("e")
+    text = mantissa.rstrip(".") + (f"e{int(exponent)}" if exponent else "")
     return text.replace("-", "−")
 
 
@@ -41,8 +39,9 @@ def token_spans(heat: Heatmap) -> Markup:
     parts = []
     for token, score in zip(heat.tokens, heat.scores, strict=True):
         css = level(float(score), strongest)
-        text = escape(token)
-        parts.append(Markup('<i class="{}" title="{}">{}</i>').format(css, number(float(score)), text) if css else text)
+        title = number(float(score))
+        span = Markup('<i class="{}" title="{}">{}</i>')
+        parts.append(span.format(css, title, token) if css else escape(token))
     return Markup("").join(parts)
 
 
@@ -111,8 +110,7 @@ def distribution(sample: FloatArray, ranked: FloatArray) -> Distribution | None:
         return None
     unit = float(np.median(np.abs(sample))) if len(sample) else 0.0
     unit = unit or float(np.abs(values).max()) / 100
-    low, high = (math.asinh(min(0.0, v) / unit) if v < 0 else math.asinh(v / unit) for v in (values.min(), values.max()))
-    low, high = min(low, -0.3), max(high, 0.3)
+    low, high = min(math.asinh(values.min() / unit), -0.3), max(math.asinh(values.max() / unit), 0.3)
     margin = 0.04 * (high - low)
 
     def x(score: float) -> float:
@@ -121,11 +119,12 @@ def distribution(sample: FloatArray, ranked: FloatArray) -> Distribution | None:
     counts, edges = np.histogram([x(v) for v in sample], bins=BINS, range=(0, WIDTH))
     tallest = max(int(counts.max()), 1)
     bars = [(float(e), WIDTH / BINS - 1, HEIGHT * c / tallest) for e, c in zip(edges, counts, strict=False) if c]
-    powers = [10.0**e for e in range(math.floor(math.log10(unit)), math.ceil(math.log10(np.abs(values).max())) + 1)]
+    exponents = range(math.floor(math.log10(unit)), math.ceil(math.log10(np.abs(values).max())) + 1)
+    powers = [10.0**e for e in exponents]
     ticks: list[tuple[float, str]] = [(x(0), "0")]
     for value in sorted([*powers, *(-p for p in powers)], key=abs, reverse=True):
         at = x(value)
         if 12 < at < WIDTH - 12 and all(abs(at - other) > 52 for other, _ in ticks):
-            ticks.append((at, number(value)))
+            ticks.append((at, f"{value:+g}".replace("-", "−")))
     marks = [(x(float(v)), v > 0) for v in ranked]
     return Distribution(bars, [m for m, up in marks if up], [m for m, up in marks if not up], sorted(ticks), x(0))

@@ -61,6 +61,12 @@ class QueryView:
     sources: list[Source]
 
     @property
+    def label(self) -> str:
+        """The prompt on one line, without the headings of an instruction template."""
+        lines = [line for line in self.row["prompt"].splitlines() if not line.lstrip().startswith("###")]
+        return " ".join(" ".join(lines).split()) or str(self.row["query_id"])
+
+    @property
     def best(self) -> RankedDocument | None:
         """The strongest proponent."""
         return self.proponents[0] if self.proponents else None
@@ -69,7 +75,11 @@ class QueryView:
 def render(attribution: Attribution) -> str:
     """The page, one HTML string without outside assets."""
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"number": charts.number, "level": charts.level}
     manifest = attribution.manifest
@@ -98,9 +108,9 @@ def recall_rows(recall: dict[str, Any]) -> list[tuple[str, float]]:
 
 def query_views(attribution: Attribution) -> list[QueryView]:
     """All queries in their order."""
-    influences, layers, samples = (_by_query(t) for t in (attribution.table, attribution.layers, attribution.samples))
+    parts = [_by_query(t) for t in (attribution.table, attribution.layers, attribution.samples)]
     return [
-        _query_view(attribution, number, row, *(part.get(row["query_id"], []) for part in (influences, layers, samples)))
+        _query_view(attribution, number, row, *(part.get(row["query_id"], []) for part in parts))
         for number, row in enumerate(attribution.queries.to_pylist(), 1)
     ]
 
