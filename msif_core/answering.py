@@ -75,9 +75,7 @@ def answer(pipeline: Pipeline, queries: corpus.Queries, top_k: int) -> Path:
     run_id = pipeline.workspace.new_run()
     folder = pipeline.workspace.attributions / run_id
     shown = Shown.choose(queries, candidates, ranked, top_k)
-    write_table(
-        folder / "influences.parquet", influence_rows(run_id, shown, ranked, candidates, sampled, generation)
-    )
+    write_table(folder / "influences.parquet", influence_rows(run_id, shown, ranked, candidates, sampled, generation))
     write_table(folder / "queries.parquet", query_rows(pipeline, run_id, queries))
     write_table(folder / "samples.parquet", sample_rows(run_id, queries, ranked, sampled))
     layers, tokens = contribution_rows(pipeline, run_id, queries, filtered, shown, sequences, scores)
@@ -122,8 +120,7 @@ def find_candidates(
                 candidate.add(corpus.documents_of_sequences(generation.corpus_folder, row), "gradient")
     if settings.candidates in ("bm25", "both"):
         texts = [
-            f"{prompt} {completion}"
-            for prompt, completion in zip(queries.prompts, queries.completions, strict=True)
+            f"{prompt} {completion}" for prompt, completion in zip(queries.prompts, queries.completions, strict=True)
         ]
         for candidate, documents in zip(found, generation.lexical.search(texts, count), strict=True):
             candidate.add(documents, "bm25")
@@ -138,18 +135,14 @@ class Shown:
     columns: list[list[int]]
 
     @classmethod
-    def choose(
-        cls, queries: corpus.Queries, candidates: list[Candidates], ranked: DocumentScores, top_k: int
-    ) -> Shown:
+    def choose(cls, queries: corpus.Queries, candidates: list[Candidates], ranked: DocumentScores, top_k: int) -> Shown:
         """The top_k proponents of each query and the strongest opponents, candidates only."""
         column = {name: i for i, name in enumerate(ranked.documents)}
         chosen = []
         for q, candidate in enumerate(candidates):
             own = sorted((column[name] for name in candidate.sources), key=lambda c: -ranked.total[q, c])
             positive = [c for c in own if ranked.total[q, c] > 0][:top_k]
-            negative = [c for c in reversed(own) if ranked.total[q, c] < 0][
-                : max(1, int(top_k * OPPONENT_SHARE))
-            ]
+            negative = [c for c in reversed(own) if ranked.total[q, c] < 0][: max(1, int(top_k * OPPONENT_SHARE))]
             chosen.append(positive + negative)
         return cls(list(queries.ids), chosen)
 
@@ -195,9 +188,7 @@ def influence_rows(
 def query_rows(pipeline: Pipeline, run_id: str, queries: corpus.Queries) -> dict[str, list[Any]]:
     """Rows of queries.parquet; the loss is the summed negative log-likelihood at the last stage."""
     last = pipeline.config.stages[-1]
-    losses = scoring.losses(
-        pipeline.model(last.name), queries.sequences, pipeline.batch_tokens, task=last.task
-    )
+    losses = scoring.losses(pipeline.model(last.name), queries.sequences, pipeline.batch_tokens, task=last.task)
     return {
         "run_id": [run_id] * len(queries),
         "query_id": list(queries.ids),
@@ -254,9 +245,7 @@ def contribution_rows(
         )
         for i, name in enumerate(names):
             for map_name, value in by_map[i].items():
-                for key, cell in zip(
-                    LAYERS.names, (run_id, shown.query_ids[q], name, map_name, value), strict=True
-                ):
+                for key, cell in zip(LAYERS.names, (run_id, shown.query_ids[q], name, map_name, value), strict=True):
                     layers[key].append(cell)
             ids = sequences.input_ids[best[i]]
             for position, (token_id, value) in enumerate(zip(ids, by_token[i], strict=True)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from msif_core.models import TrackedMap
 Consume = Callable[[TrackedMap, torch.Tensor, torch.Tensor], None]
 
 
-def capture(model: nn.Module, maps: list[TrackedMap], batch: Batch, loss: Loss, consume: Consume) -> None:
+def capture(model: Any, maps: list[TrackedMap], batch: Batch, loss: Loss, consume: Consume) -> None:
     """Run `batch` and hand each map's inputs and output gradients to `consume`, during the backward.
 
     `consume(map, a, d)` gets a [N, T, d_in] (with a final 1 for a bias) and d [N, T, G, b], the gradient of
@@ -33,9 +34,7 @@ def capture(model: nn.Module, maps: list[TrackedMap], batch: Batch, loss: Loss, 
     def forward_hook(tracked: TrackedMap) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             if tracked.name in inputs:
-                raise InputError(
-                    f"{tracked.name}: called twice in one forward pass; leave it out of curvature.include"
-                )
+                raise InputError(f"{tracked.name}: called twice in one forward pass; leave it out of curvature.include")
             inputs[tracked.name] = args[0].detach()
             output.register_hook(lambda gradient: backward_hook(tracked, gradient))
 

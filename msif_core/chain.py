@@ -16,7 +16,10 @@ Function = Callable[[torch.Tensor], torch.Tensor]
 class MapCurvature(Protocol):
     """Curvature of one map, of which spectral functions can be taken (EK-FAC, or a dense matrix in the tests)."""
 
-    eigenvalues: torch.Tensor
+    @property
+    def eigenvalues(self) -> torch.Tensor:
+        """Eigenvalues [G, b, d_in]."""
+        ...
 
     def apply(self, V: torch.Tensor, function: Function) -> torch.Tensor:
         """f(H) V."""

@@ -59,9 +59,7 @@ class Filter(Settings):
     )
     damping: float = Field(0.1, gt=0, description="lambda of the attributed stage, alpha of a later one.")
     tau: float | None = Field(None, gt=0, description="Sum of learning rates, for `unrolled`.")
-    relative: bool = Field(
-        True, description="damping in units of the block's mean eigenvalue (tau: of its inverse)."
-    )
+    relative: bool = Field(True, description="damping in units of the block's mean eigenvalue (tau: of its inverse).")
     per_token_mean: bool = Field(
         False,
         description="The training minimised a mean over tokens: absolute values are rescaled by "
@@ -71,9 +69,7 @@ class Filter(Settings):
     @model_validator(mode="after")
     def _unrolled_needs_tau(self) -> Filter:
         if self.kind == "unrolled" and self.tau is None:
-            raise ValueError(
-                "filter kind 'unrolled' needs tau: set tau (relative to 1/mean eigenvalue by default)"
-            )
+            raise ValueError("filter kind 'unrolled' needs tau: set tau (relative to 1/mean eigenvalue by default)")
         return self
 
 
@@ -141,9 +137,7 @@ class RetrievalSettings(Settings):
     candidates: Literal["gradient", "bm25", "both"] = "both"
     rerank_fraction: float = Field(0.02, gt=0, le=1, description="Share of the sequences re-scored exactly.")
     rerank_min: int = Field(100, ge=1, description="At least so many sequences are re-scored.")
-    rerank_max: int = Field(
-        500, ge=1, description="At most so many sequences are re-scored per query and source."
-    )
+    rerank_max: int = Field(500, ge=1, description="At most so many sequences are re-scored per query and source.")
     random_sample: int = Field(200, ge=0, description="Random documents scored exactly, for percentiles.")
 
 
@@ -163,9 +157,7 @@ class Config(Settings):
     """One YAML file: a workspace, its stages, and how each step is done."""
 
     workspace: Path = Field(description="Folder of everything that is built.")
-    stages: tuple[Stage, ...] = Field(
-        min_length=1, description="In training order; stages[0] is pre-training."
-    )
+    stages: tuple[Stage, ...] = Field(min_length=1, description="In training order; stages[0] is pre-training.")
     attribute_to: str = Field("", description="The stage whose documents are ranked; the first by default.")
     queries: str | None = Field(None, description="Held-out queries (jsonl) that measure the index's recall.")
     corpus: CorpusSettings = CorpusSettings()

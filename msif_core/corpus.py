@@ -61,9 +61,7 @@ class Queries:
         )  # fmt: skip
 
 
-def encode(
-    record: records.Record, tokenizer: Any, max_length: int, task: str
-) -> list[tuple[list[int], list[int]]]:
+def encode(record: records.Record, tokenizer: Any, max_length: int, task: str) -> list[tuple[list[int], list[int]]]:
     """A record as windows of (input_ids, labels), labels aligned with input_ids.
 
     Text is cut into windows of `max_length`; a prompt with its completion is one window, the prompt's
@@ -73,17 +71,13 @@ def encode(
         InputError: the record needs a tokenizer and the stage has none.
     """
     if "input_ids" in record:
-        return [(list(record["input_ids"]), list(record.get("labels", record["input_ids"])))]
+        return [(list(record["input_ids"]), list(record.get("labels") or record["input_ids"]))]
     if tokenizer is None:
-        raise InputError(
-            f"record {record['id']!r} is text, but the stage's model has no tokenizer; give input_ids"
-        )
+        raise InputError(f"record {record['id']!r} is text, but the stage's model has no tokenizer; give input_ids")
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     if "prompt" in record:
         prompt = tokenizer(record["prompt"], add_special_tokens=False)["input_ids"]
-        completion = (tokenizer(record["completion"], add_special_tokens=False)["input_ids"] + end)[
-            : max_length - 1
-        ]
+        completion = (tokenizer(record["completion"], add_special_tokens=False)["input_ids"] + end)[: max_length - 1]
         prompt = prompt[max(0, len(prompt) + len(completion) - max_length) :]
         return [(prompt + completion, [IGNORED] * len(prompt) + completion)]
     if task == "classification":
@@ -105,9 +99,7 @@ def tokenize(
 ) -> Path:
     """Write `documents` as shards below `folder`; returns the manifest's path. Nothing is done twice."""
     tokens = storage.fingerprint(tokenizer.backend_tokenizer.to_str()) if tokenizer is not None else None
-    key = storage.fingerprint(
-        records.source_fingerprint(documents), settings.model_dump(), max_length, task, tokens
-    )
+    key = storage.fingerprint(records.source_fingerprint(documents), settings.model_dump(), max_length, task, tokens)
     path = folder / "manifest.json"
     previous = storage.read_json(path) if path.exists() else None
     if (
@@ -162,9 +154,7 @@ def shard_of(document_id: str, shards: int) -> int:
     return int.from_bytes(hashlib.sha256(document_id.encode()).digest()[:8], "big") % shards
 
 
-def tokenize_shard(
-    raw: Path, folder: Path, number: int, tokenizer: Any, max_length: int, task: str
-) -> dict[str, Any]:
+def tokenize_shard(raw: Path, folder: Path, number: int, tokenizer: Any, max_length: int, task: str) -> dict[str, Any]:
     """Encode one shard's documents; returns its entry in the manifest."""
     rows: dict[str, list[Any]] = {name: [] for name in SEQUENCES.names}
     docs: dict[str, list[Any]] = {name: [] for name in DOCUMENTS.names}
@@ -302,11 +292,7 @@ def encode_list(
     found: Sequence[records.Record], tokenizer: Any, max_length: int, task: str
 ) -> tuple[Sequences, npt.NDArray[np.int64]]:
     """Records as sequences, and for each sequence the row of its record."""
-    windows = [
-        (row, pair)
-        for row, record in enumerate(found)
-        for pair in encode(record, tokenizer, max_length, task)
-    ]
+    windows = [(row, pair) for row, record in enumerate(found) for pair in encode(record, tokenizer, max_length, task)]
     ids = [np.asarray(pair[0], np.int32) for _, pair in windows]
     labels = [np.asarray(pair[1], np.int32) for _, pair in windows]
     sequences = Sequences(
@@ -316,9 +302,7 @@ def encode_list(
     return sequences, np.asarray([row for row, _ in windows], dtype=np.int64)
 
 
-def load_queries(
-    source: Path | Sequence[records.Record], tokenizer: Any, max_length: int, task: str
-) -> Queries:
+def load_queries(source: Path | Sequence[records.Record], tokenizer: Any, max_length: int, task: str) -> Queries:
     """Queries of a jsonl file or of a list of records, one sequence each.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -32,7 +33,7 @@ def train(sample: FloatArray, settings: IndexSettings, sequences: int, path: Pat
     inner = faiss.METRIC_INNER_PRODUCT
     kind = kind_for(settings, sequences)
     if kind == "flat":
-        index = faiss.IndexFlat(d, inner)
+        index: Any = faiss.IndexFlat(d, inner)
     elif kind == "rabitq":
         index = faiss.IndexRaBitQ(d, inner, settings.bits)
     else:
@@ -61,13 +62,11 @@ class Index:
         self.bytes_per_vector = size / max(1, self.count)
 
     @staticmethod
-    def _open(path: Path, settings: IndexSettings) -> faiss.Index:
+    def _open(path: Path, settings: IndexSettings) -> Any:
         try:
-            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+            index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
         except RuntimeError as error:
-            raise InputError(
-                f"{path}: not a readable index shard ({error}); delete it and run again"
-            ) from None
+            raise InputError(f"{path}: not a readable index shard ({error}); delete it and run again") from None
         inner = faiss.downcast_index(index.index)
         if hasattr(inner, "qb"):
             inner.qb = settings.query_bits

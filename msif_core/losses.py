@@ -54,9 +54,7 @@ def sampled_loss(task: str, seed: int) -> Loss:
             drawn = drawn.clamp_(max=logits.shape[-1] - 1)
             drawn = torch.where(targets == IGNORED, targets, drawn)
         wide = logits if logits.dtype == torch.float64 else logits.float()
-        return torch.nn.functional.cross_entropy(
-            wide.transpose(1, 2), drawn, ignore_index=IGNORED, reduction="sum"
-        )
+        return torch.nn.functional.cross_entropy(wide.transpose(1, 2), drawn, ignore_index=IGNORED, reduction="sum")
 
     return loss
 
@@ -66,9 +64,7 @@ def uniforms(fingerprints: list[str], positions: int, seed: int) -> np.ndarray:
     keys = np.array([int(f, 16) for f in fingerprints], dtype=np.uint64)[:, None]
     with np.errstate(over="ignore"):
         state = _mix(keys ^ _mix(np.array([[seed]], dtype=np.uint64)))
-        state = _mix(
-            state + np.arange(1, positions + 1, dtype=np.uint64)[None] * np.uint64(0x9E3779B97F4A7C15)
-        )
+        state = _mix(state + np.arange(1, positions + 1, dtype=np.uint64)[None] * np.uint64(0x9E3779B97F4A7C15))
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

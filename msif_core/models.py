@@ -65,9 +65,7 @@ def load_model(
         InputError: there is no such checkpoint, or it has no safetensors, or it is an adapter.
     """  # fmt: skip
     if Path(source, "adapter_config.json").exists():
-        raise InputError(
-            f"{source}: a PEFT adapter; merge it into its base model (merge_and_unload) and save that"
-        )
+        raise InputError(f"{source}: a PEFT adapter; merge it into its base model (merge_and_unload) and save that")
     auto = {
         "causal_lm": transformers.AutoModelForCausalLM,
         "classification": transformers.AutoModelForSequenceClassification,
@@ -107,7 +105,7 @@ def model_fingerprint(source: str, revision: str | None = None) -> str:
     return storage.fingerprint([(path.name, storage.file_digest(path)) for path in files])
 
 
-def tracked_maps(model: nn.Module, settings: CurvatureSettings) -> list[TrackedMap]:
+def tracked_maps(model: Any, settings: CurvatureSettings) -> list[TrackedMap]:
     """The linear maps that `settings` ask for, in the model's order.
 
     Raises:
@@ -126,13 +124,11 @@ def tracked_maps(model: nn.Module, settings: CurvatureSettings) -> list[TrackedM
             )
         found.append(_describe(model, name, module, settings.qkv_split))
     if not found:
-        raise InputError(
-            f"curvature.include {settings.include!r} matches none of the linear maps: {sorted(linear)}"
-        )
+        raise InputError(f"curvature.include {settings.include!r} matches none of the linear maps: {sorted(linear)}")
     return found
 
 
-def _describe(model: nn.Module, name: str, module: nn.Module, split: str) -> TrackedMap:
+def _describe(model: nn.Module, name: str, module: Any, split: str) -> TrackedMap:
     weight = module.weight
     d_in, d_out = weight.shape if isinstance(module, Conv1D) else reversed(weight.shape)
     groups, permutation = _blocks(model.config, name, int(d_out), split)
@@ -146,7 +142,7 @@ def _describe(model: nn.Module, name: str, module: nn.Module, split: str) -> Tra
 def _blocks(config: Any, name: str, d_out: int, split: str) -> tuple[int, tuple[int, ...] | None]:
     """Blocks of a query-key-value map, from each architecture's own layout of its output rows."""
     leaf = name.rpartition(".")[2]
-    heads = getattr(config, "num_attention_heads", None) or getattr(config, "n_head", 0)
+    heads: int = getattr(config, "num_attention_heads", 0) or getattr(config, "n_head", 0)
     if leaf == "query_key_value" and split != "none":  # GPT-NeoX, BLOOM: rows are [head, 3, head_dim]
         rows = torch.arange(d_out).view(heads, 3, -1)
         if split == "head":

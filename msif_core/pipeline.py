@@ -42,7 +42,8 @@ class Pipeline(Stages):
     def sketcher(self) -> Sketcher:
         """Sketches of the attributed stage's documents."""
         task = self.config.stage(self.target).task
-        return Sketcher(self.maps(self.target), self.curvature(self.target), self.config.sketch, task)
+        spectral = self.curvature(self.target).filter
+        return Sketcher(self.maps(self.target), self.factors(self.target), spectral, self.config.sketch, task)
 
     def codes_folder(self) -> Path:
         """Folder of the codes that these factors, this filter and this sketch give."""
@@ -90,9 +91,7 @@ class Pipeline(Stages):
             documents = corpus.read_documents(self.workspace.corpus(self.target))
             temporary = folder.with_name(f".tmp-{folder.name}")
             shutil.rmtree(temporary, ignore_errors=True)
-            LexicalIndex.build(documents["document_id"].to_pylist(), documents["text"].to_pylist()).save(
-                temporary
-            )
+            LexicalIndex.build(documents["document_id"].to_pylist(), documents["text"].to_pylist()).save(temporary)
             temporary.rename(folder)
         return folder
 
@@ -118,9 +117,7 @@ class Pipeline(Stages):
         source = self.shards(self.target)[shard]
         chain_key = [self.factors_fingerprint(stage.name) for stage in self.config.stages]
         filters = [stage.filter.model_dump() for stage in self.config.stages]
-        key = storage.fingerprint(
-            queries.sequences.fingerprints, chain_key, filters, storage.file_digest(source)
-        )
+        key = storage.fingerprint(queries.sequences.fingerprints, chain_key, filters, storage.file_digest(source))
 
         def build(path: Path) -> None:
             scores = self.exact_scores(self.filtered(queries.sequences), corpus.read_shard(source))
@@ -200,7 +197,8 @@ class Pipeline(Stages):
                 )
         if manifest["codes_key"] != self.codes_folder().name:
             raise InputError(
-                f"generation {manifest['generation']} was built with another filter or sketch; run `msif run CONFIG` first"
+                f"generation {manifest['generation']} was built with another filter or sketch; "
+                "run `msif run CONFIG` first"
             )
 
     def publish_catalog(self) -> Path:
@@ -238,9 +236,7 @@ class Pipeline(Stages):
         folder = answering.answer(self, self.read_queries(queries), top_k or self.config.retrieval.top_k)
         return Attribution.open(folder)
 
-    def score(
-        self, queries: Path | Sequence[dict[str, Any]], documents: Path | Sequence[dict[str, Any]]
-    ) -> FloatArray:
+    def score(self, queries: Path | Sequence[dict[str, Any]], documents: Path | Sequence[dict[str, Any]]) -> FloatArray:
         """Exact scores of given documents, float32 [n_queries, n_documents], in the records' order."""
         filtered = self.filtered(self.read_queries(queries).sequences)
         target = self.config.stage(self.target)

@@ -67,9 +67,7 @@ def read_records(documents: Documents, skipped: Skipped, skip: bool = False) -> 
     seen: dict[str, str] = {}
     for source in documents if isinstance(documents, list) else [documents]:
         streams = (
-            [_hub(source)]
-            if isinstance(source, HubDataset)
-            else [_file(p, skipped, skip) for p in files_of(source)]
+            [_hub(source)] if isinstance(source, HubDataset) else [_file(p, skipped, skip) for p in files_of(source)]
         )
         for stream in streams:
             for where, record in stream:
@@ -99,16 +97,10 @@ def problem_of(record: Any) -> str | None:
     if not isinstance(record.get("id"), str) or not record["id"]:
         return "no id; give each record a string `id`"
     if "input_ids" in record:
-        ids, labels = record["input_ids"], record.get("labels", record["input_ids"])
-        return (
-            None if len(ids) == len(labels) > 0 else "input_ids and labels must have the same length, above 0"
-        )
+        ids, labels = list(record["input_ids"]), list(record.get("labels") or record["input_ids"])
+        return None if len(ids) == len(labels) > 0 else "input_ids and labels must have the same length, above 0"
     if "prompt" in record:
-        ok = (
-            isinstance(record["prompt"], str)
-            and isinstance(record.get("completion"), str)
-            and record["completion"]
-        )
+        ok = isinstance(record["prompt"], str) and isinstance(record.get("completion"), str) and record["completion"]
         return None if ok else "prompt without a completion; give both as text"
     if not isinstance(record.get("text"), str):
         return "neither text, nor prompt and completion, nor input_ids; give one of them"

@@ -39,9 +39,7 @@ class DocumentScores:
     best_sequence: npt.NDArray[np.int64]
 
 
-def by_document(
-    scores: FloatArray, document_ids: Sequence[str], sequence_ids: npt.NDArray[np.int64]
-) -> DocumentScores:
+def by_document(scores: FloatArray, document_ids: Sequence[str], sequence_ids: npt.NDArray[np.int64]) -> DocumentScores:
     """Sum sequence scores [Q, N] over each document, and keep each document's best sequence."""
     documents, inverse = np.unique(np.asarray(document_ids, dtype=object), return_inverse=True)
     order = np.argsort(inverse, kind="stable")
@@ -52,9 +50,7 @@ def by_document(
     best_row = np.zeros_like(best, dtype=np.int64)
     for column, rows in enumerate(np.split(order, starts[1:])):
         best_row[:, column] = rows[np.argmax(scores[:, rows], axis=1)]
-    return DocumentScores(
-        [str(name) for name in documents], total.astype(np.float32), best, sequence_ids[best_row]
-    )
+    return DocumentScores([str(name) for name in documents], total.astype(np.float32), best, sequence_ids[best_row])
 
 
 def percentiles(scores: FloatArray, sample: FloatArray) -> FloatArray:

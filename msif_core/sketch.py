@@ -24,8 +24,10 @@ from torch import nn
 from msif_core import storage
 from msif_core.batching import Sequences, batches
 from msif_core.capture import capture
-from msif_core.chain import Chain, FilteredStage
+from msif_core.chain import Chain
 from msif_core.config import SketchSettings
+from msif_core.curvature.factors import Factors
+from msif_core.curvature.filters import SpectralFilter
 from msif_core.curvature.fit import rotated_gradients
 from msif_core.errors import InputError
 from msif_core.losses import target_loss, uniforms
@@ -62,10 +64,11 @@ class Sketcher:
     """Sketches of documents (phi) and of queries (psi); <phi, psi> estimates the exact score."""
 
     def __init__(
-        self, maps: list[TrackedMap], stage: FilteredStage, settings: SketchSettings, task: str
+        self, maps: list[TrackedMap], factors: Factors, spectral: SpectralFilter, settings: SketchSettings, task: str
     ) -> None:
         self.maps = maps
-        self.stage = stage
+        self.factors = factors
+        self.filter = spectral
         self.settings = settings
         self.task = task
         self.offsets = dict(
@@ -99,29 +102,25 @@ class Sketcher:
 
     def document_weight(self, name: str) -> torch.Tensor:
         """Whitening of a document's rotated gradient of one map, [G, b, d_in]."""
-        eigenvalues = self.stage.curvature[name].eigenvalues
-        root = self.stage.filter.attributed(eigenvalues).sqrt()
+        eigenvalues = self.factors[name].eigenvalues
+        root = self.filter.attributed(eigenvalues).sqrt()
         if self.settings.whitening == "eigen":
             return root
         if self.settings.whitening == "kronecker":  # the rank-one fit of log f^(1/2): row plus column means
             log = root.log()
-            return (
-                log.mean(-1, keepdim=True) + log.mean(-2, keepdim=True) - log.mean((-2, -1), keepdim=True)
-            ).exp()
+            return (log.mean(-1, keepdim=True) + log.mean(-2, keepdim=True) - log.mean((-2, -1), keepdim=True)).exp()
         return torch.ones_like(root)
 
     def documents(self, model: nn.Module, sequences: Sequences, batch_tokens: int) -> FloatArray:
         """Phi of each sequence: float32 [N, dimensions]."""
         device = next(model.parameters()).device
-        factors = {m.name: self.stage.curvature[m.name] for m in self.maps}
+        factors = {m.name: self.factors[m.name] for m in self.maps}
         weights = {m.name: self._signed(m, self.document_weight(m.name)).to(device) for m in self.maps}
         phi = np.zeros((len(sequences), self.settings.dimensions), dtype=np.float32)
         for batch in batches(sequences, batch_tokens, device):
             folded = torch.zeros(len(batch.rows), self.fold, device=device)
 
-            def consume(
-                m: TrackedMap, a: torch.Tensor, d: torch.Tensor, folded: torch.Tensor = folded
-            ) -> None:
+            def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, folded: torch.Tensor = folded) -> None:
                 gradient = rotated_gradients(a.float(), d.float(), factors[m.name]).flatten(1)
                 self._add(folded, gradient.mul_(weights[m.name]), self.offsets[m.name])
 
@@ -136,7 +135,7 @@ class Sketcher:
         for m in self.maps:
             if m.name not in gradients or (rotated := chain.rotated(m.name, gradients[m.name])) is None:
                 continue
-            f = self.stage.filter.attributed(self.stage.curvature[m.name].eigenvalues)
+            f = self.filter.attributed(self.factors[m.name].eigenvalues)
             weight = self._signed(m, f / self.document_weight(m.name))
             self._add(folded, rotated.float().flatten(1) * weight.to(first.device), self.offsets[m.name])
         return self._mix(folded).cpu().numpy()

@@ -159,8 +159,8 @@ class Stages:
             **self._fit_options(stage),
         )
 
-    def combine_covariances(self, stage: str) -> Path:
-        """Add the shards' sums and diagonalise them; returns the factors' folder."""
+    def combine_covariances(self, stage: str) -> list[Path]:
+        """Add the shards' sums and diagonalise them; returns the files of the eigenbases."""
         paths = [self.covariance_shard(stage, shard) for shard in range(len(self.shards(stage)))]
         return fit.combine_covariances(paths, self.maps(stage), self.factors_folder(stage))
 
@@ -199,9 +199,7 @@ class Stages:
     def curvature(self, stage: str) -> FilteredStage:
         """The stage's factors with its filter."""
         factors = self.factors(stage)
-        return FilteredStage(
-            factors, filters.from_settings(self.config.stage(stage).filter, factors.mean_targets)
-        )
+        return FilteredStage(factors, filters.from_settings(self.config.stage(stage).filter, factors.mean_targets))
 
     def chain(self) -> Chain:
         """Every stage's curvature and filter, from the attributed stage's point of view."""
@@ -213,9 +211,7 @@ class Stages:
     def read_queries(self, source: Path | Sequence[dict[str, Any]]) -> corpus.Queries:
         """Queries for the last stage's model, from a jsonl file or from records."""
         last = self.config.stages[-1].name
-        return corpus.load_queries(
-            source, self.tokenizer(last), self.max_length(last), self.config.stages[-1].task
-        )
+        return corpus.load_queries(source, self.tokenizer(last), self.max_length(last), self.config.stages[-1].task)
 
     def query_gradients(self, sequences: Sequences) -> dict[str, torch.Tensor]:
         """Gradients of the queries' losses at the last stage: map name to [Q, G, b, d_in]."""
@@ -225,7 +221,7 @@ class Stages:
         )
 
     def filtered(self, sequences: Sequences) -> dict[str, torch.Tensor]:
-        """The queries' gradients passed down the chain; maps without a parent in the attributed stage drop out."""
+        """The queries' gradients passed down the chain; maps without a parent stage drop out."""
         chain = self.chain()
         passed = {name: chain.filter(name, v) for name, v in self.query_gradients(sequences).items()}
         return {name: v for name, v in passed.items() if v is not None}

@@ -196,9 +196,7 @@ def mean_token_loss(model: Any, batch: Batch) -> torch.Tensor:
     targets = batch.labels[:, 1:]
     kept = targets != IGNORED
     logits = model.get_output_embeddings()(hidden[:, :-1][kept])
-    return torch.nn.functional.cross_entropy(logits.float(), targets[kept], reduction="sum") / max(
-        1, int(kept.sum())
-    )
+    return torch.nn.functional.cross_entropy(logits.float(), targets[kept], reduction="sum") / max(1, int(kept.sum()))
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""EK-FAC: spectral filters, factors, and their fit."""

@@ -49,9 +49,7 @@ class MapFactors:
 class Factors:
     """The factors of a stage in a folder. A map's tensors are read when it is asked for, and not kept."""
 
-    def __init__(
-        self, folder: Path, manifest: dict[str, Any], device: str, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, folder: Path, manifest: dict[str, Any], device: str, dtype: torch.dtype | None) -> None:
         self.folder = folder
         self.maps: dict[str, dict[str, str]] = manifest["maps"]
         self.mean_targets: float = manifest["mean_targets"]
@@ -71,9 +69,7 @@ class Factors:
             raise InputError(f"{folder}: the EK-FAC fit is not finished; run `msif run CONFIG`")
         manifest = storage.read_json(path)
         if manifest["version"] != VERSION:
-            raise InputError(
-                f"{folder}: factors of version {manifest['version']}, this msif reads {VERSION}: refit"
-            )
+            raise InputError(f"{folder}: factors of version {manifest['version']}, this msif reads {VERSION}: refit")
         return cls(folder, manifest, device, dtype)
 
     def __contains__(self, name: str) -> bool:
@@ -94,8 +90,6 @@ class Factors:
         return [t.to(self._dtype) if self._dtype else t for t in found]
 
 
-def write_tensors(
-    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
-) -> None:
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file to `path`; the caller makes it atomic."""
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata=metadata)

@@ -200,9 +200,7 @@ def eigenvalue_shard(
         sums: dict[str, torch.Tensor] = {}
         for part in partitions(maps, budget_gb):
             bases = {m.name: read_bases(folder, m, device) for m in part}
-            found = eigenvalue_sums(
-                model, part, bases, sequences, task=task, seed=seed, batch_tokens=batch_tokens
-            )
+            found = eigenvalue_sums(model, part, bases, sequences, task=task, seed=seed, batch_tokens=batch_tokens)
             sums |= {key: value.cpu() for key, value in found.items()}
         _check_finite(sums, path)
         sums["sequences"] = torch.tensor(len(sequences))
