@@ -1,0 +1,20 @@
+"""fit-ekfac: covariances, eigenbases, corrected eigenvalues, for every stage that lacks them."""
+
+from prefect import flow, unmapped
+
+from msif_core.config import Config
+from msif_core.pipeline import Pipeline
+from tasks import curvature
+
+
+@flow(name="fit-ekfac", flow_run_name="fit {config.workspace}")
+def fit_ekfac(config: Config) -> None:
+    """Fit every stage's factors: two passes over the shards, each added up in shard order."""
+    for stage in (stage.name for stage in config.stages):
+        if Pipeline(config).fitted(stage):
+            continue
+        shards = range(len(Pipeline(config).shards(stage)))
+        curvature.covariance_shard.map(unmapped(config), unmapped(stage), shards).result()
+        curvature.combine_covariances(config, stage)
+        curvature.eigenvalue_shard.map(unmapped(config), unmapped(stage), shards).result()
+        curvature.combine_eigenvalues(config, stage)

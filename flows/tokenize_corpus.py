@@ -1,0 +1,13 @@
+"""tokenize-corpus: every stage's documents become shards of token sequences."""
+
+from prefect import flow
+
+from msif_core.config import Config
+from tasks import corpus
+
+
+@flow(name="tokenize-corpus", flow_run_name="tokenize {config.workspace}")
+def tokenize_corpus(config: Config) -> None:
+    """Tokenize the documents of all stages; what already stands is kept."""
+    for stage in config.stages:
+        corpus.tokenize(config, stage.name)

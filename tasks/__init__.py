@@ -1,0 +1,14 @@
+"""Prefect tasks: one thin module for each step; retries, limits and artifacts live here and only here.
+
+A task takes the configuration and names, calls one step of `msif_core.Pipeline` and returns a path. Whether
+there is anything to do is decided by the files and their checksums, not by Prefect's result cache: a cached
+result would claim that a file exists that somebody has deleted.
+"""
+
+from typing import Any
+
+ACCELERATOR = "accelerator"
+"""Tag of the tasks that run a model; the server limits how many run at a time."""
+
+IO: dict[str, Any] = {"retries": 2, "retry_delay_seconds": [1, 10]}
+"""Retries of tasks whose failures are mostly the file system's."""

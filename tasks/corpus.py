@@ -1,0 +1,15 @@
+"""Documents to sequence shards."""
+
+from pathlib import Path
+
+from prefect import task
+
+from msif_core.config import Config
+from msif_core.pipeline import Pipeline
+from tasks import IO
+
+
+@task(task_run_name="tokenize-{stage}", **IO)
+def tokenize(config: Config, stage: str) -> Path:
+    """Write a stage's documents as shards of token sequences."""
+    return Pipeline(config).tokenize(stage)
