@@ -130,8 +130,12 @@ class Attribution:
         found = {name: Document(name) for name in self.document_ids}
         columns = ["document_id", "text", "source", "metadata", "n_tokens"]
         wanted = pa.array(self.document_ids, pa.string())
-        for path in sorted((self.folder.parents[1] / "corpus" / stage).glob("documents-*.parquet")):
-            rows = pq.read_table(path, columns=columns, filters=pc.field("document_id").isin(wanted))
+        corpus = self.folder.parents[1] / "corpus" / stage
+        shards = storage.read_json(corpus / "manifest.json")["shards"] if (corpus / "manifest.json").exists() else []
+        for shard in shards:
+            rows = pq.read_table(
+                corpus / shard["documents"], columns=columns, filters=pc.field("document_id").isin(wanted)
+            )
             for row in rows.to_pylist():
                 found[row["document_id"]] = Document(**{k: v for k, v in row.items() if v is not None})
         return found

@@ -149,9 +149,9 @@ def _cell(value: Any) -> Any:
     return json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else value
 
 
-def _manifests(folder: Path) -> Iterator[tuple[Path, Row]]:
+def _manifests(folder: Path, name: str = "manifest.json") -> Iterator[tuple[Path, Row]]:
     """Folders below `folder` that are complete, with their manifests."""
-    for path in sorted(folder.glob("[!.]*/manifest.json")):
+    for path in sorted(folder.glob(f"[!.]*/{name}")):
         yield path.parent, dict(storage.read_json(path))
 
 
@@ -161,11 +161,17 @@ def _bytes(folder: Path) -> int:
 
 def _small_tables(workspace: Path) -> dict[str, list[Row]]:
     """Rows of the tables that come from manifests, by table."""
+    corpora = list(_manifests(workspace / "corpus"))
     generations = list(_manifests(workspace / "generations"))
     pointer = workspace / "generations" / "CURRENT"
     published = pointer.read_text().strip() if pointer.exists() else None
     return {
-        "stages": [_stage_row(folder, manifest) for folder, manifest in _manifests(workspace / "corpus")],
+        "stages": [_stage_row(folder, manifest) for folder, manifest in corpora],
+        "shards": [
+            {**shard, "stage": folder.name, "shard": number}
+            for folder, manifest in corpora
+            for number, shard in enumerate(manifest["shards"])
+        ],
         "factors": _factors_rows(workspace),
         "generations": [_generation_row(folder, m, published) for folder, m in generations],
         "recall": [row for folder, m in generations for row in _recall_rows(folder.name, m.get("recall"))],
@@ -174,15 +180,12 @@ def _small_tables(workspace: Path) -> dict[str, list[Row]]:
 
 
 def _stage_row(folder: Path, manifest: Row) -> Row:
-    shards = manifest.get("shards", [])
-    quarantined = manifest.get("quarantined")
+    counts = ("n_documents", "n_sequences", "n_quarantined")
     return {
         **manifest,
+        **{name: sum(shard.get(name, 0) for shard in manifest["shards"]) for name in counts},
         "stage": folder.name,
-        "n_documents": sum(shard.get("n_documents", 0) for shard in shards),
-        "n_sequences": sum(shard.get("n_sequences", 0) for shard in shards),
-        "n_quarantined": len(quarantined) if isinstance(quarantined, list | dict) else quarantined,
-        "n_shards": len(shards),
+        "n_shards": len(manifest["shards"]),
         "bytes": _bytes(folder),
     }
 
@@ -192,13 +195,14 @@ def _factors_rows(workspace: Path) -> list[Row]:
     for pin in sorted((workspace / "pins").glob("*.json")):
         users.setdefault(str(storage.read_json(pin)["factors"]), []).append(pin.stem)
     rows = []
-    for folder, manifest in _manifests(workspace / "factors"):
-        maps = manifest.get("maps")
+    for folder, manifest in _manifests(workspace / "factors", "factors.json"):
         rows.append({
-            **manifest,
             "fingerprint": folder.name,
             "stage": ", ".join(users.get(folder.name, [])) or None,
-            "n_maps": len(maps) if isinstance(maps, list | dict) else maps,
+            "n_sequences": manifest["sequences"],
+            "mean_targets": manifest["mean_targets"],
+            "n_maps": len(manifest["maps"]),
+            "maps": sorted(manifest["maps"]),
             "bytes": _bytes(folder),
         })  # fmt: skip
     return rows

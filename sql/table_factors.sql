@@ -6,6 +6,5 @@ CREATE TABLE factors (
     mean_targets DOUBLE,
     n_maps INTEGER,
     bytes BIGINT,
-    seconds DOUBLE,
-    settings JSON
+    maps JSON
 );

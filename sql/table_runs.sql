@@ -1,4 +1,4 @@
--- Stored attributions, from attributions/<run>/manifest.json.
+-- Stored attributions, from attributions/<run>/manifest.json; `levels` is the damping of each map, stage and block.
 CREATE TABLE runs (
     run_id VARCHAR PRIMARY KEY,
     created TIMESTAMPTZ,
@@ -8,6 +8,6 @@ CREATE TABLE runs (
     n_rescored BIGINT,
     seconds DOUBLE,
     factors JSON,
-    damping JSON,
+    levels JSON,
     settings JSON
 );

@@ -6,6 +6,6 @@ CREATE TABLE stages (
     n_quarantined BIGINT,
     n_shards INTEGER,
     fingerprint VARCHAR,
-    bytes BIGINT,
-    settings JSON
+    max_length INTEGER,
+    bytes BIGINT
 );

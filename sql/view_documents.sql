@@ -11,4 +11,5 @@ SELECT
     shard,
     fingerprint,
     metadata::JSON AS metadata
-FROM stored.documents;
+FROM stored.documents
+WHERE regexp_extract(filename, 'corpus/([^/]+/[^/]+)$', 1) IN (SELECT stage || '/' || documents FROM shards);

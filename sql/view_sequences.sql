@@ -8,4 +8,5 @@ SELECT
     len(input_ids) AS n_tokens,
     len(list_filter(labels, lambda label: label <> -100)) AS n_targets,
     fingerprint
-FROM stored.sequences;
+FROM stored.sequences
+WHERE regexp_extract(filename, 'corpus/([^/]+/[^/]+)$', 1) IN (SELECT stage || '/' || sequences FROM shards);

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 VIEWS = {
     "documents": 72, "sequences": 72, "quarantine": 2, "factors": 2, "generations": 2, "queries": 3,
     "influences": 16, "layers": 16 * len(MAPS), "samples": 120,
-    "runs": 1, "recall": 5, "stages": 2, "answers": 16,
+    "runs": 1, "shards": 2, "recall": 5, "stages": 2, "answers": 16,
 }  # fmt: skip
 
 
@@ -57,9 +58,7 @@ def test_values(workspace: Path) -> None:
     assert catalog.query(workspace, "queries_with_little_support")["query_id"][0].as_py() == "q-002"
     layers = catalog.query(workspace, "influence_by_layer").to_pylist()
     assert [row["layer"] for row in layers] == [0, 1, 2]
-    total = catalog.query(workspace, "SELECT sum(score) AS s FROM influences WHERE side = 'proponent'")["s"][
-        0
-    ].as_py()
+    total = catalog.query(workspace, "SELECT sum(score) AS s FROM influences WHERE side = 'proponent'")["s"][0].as_py()
     assert sum(row["total_score"] for row in layers) == pytest.approx(total, rel=1e-4)
     factors = catalog.query(workspace, "SELECT stage, n_maps FROM factors ORDER BY stage").to_pylist()
     assert factors == [{"stage": "finetune", "n_maps": 12}, {"stage": "pretrain", "n_maps": 12}]
@@ -147,11 +146,18 @@ def test_unfinished_runs_are_not_seen(tmp_path: Path) -> None:
     assert catalog.query(root, "SELECT * FROM influences").num_rows == 0
 
 
+def test_stale_shards_are_not_seen(tmp_path: Path) -> None:
+    root = write_workspace(tmp_path)
+    for kind in ("shard", "documents"):
+        shutil.copy(root / f"corpus/pretrain/{kind}-00000.parquet", root / f"corpus/pretrain/{kind}-00001.parquet")
+    catalog.publish(root)
+    assert catalog.query(root, "SELECT * FROM documents WHERE stage = 'pretrain'").num_rows == 60
+    assert catalog.query(root, "SELECT * FROM sequences WHERE stage = 'pretrain'").num_rows == 60
+
+
 def test_threads_share_a_catalog(workspace: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
-        counts = list(
-            pool.map(lambda _: catalog.query(workspace, "SELECT * FROM influences").num_rows, range(16))
-        )
+        counts = list(pool.map(lambda _: catalog.query(workspace, "SELECT * FROM influences").num_rows, range(16)))
     assert counts == [16] * 16
 
 

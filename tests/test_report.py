@@ -108,7 +108,8 @@ def test_page_shows_every_part(page: str, attribution: Attribution) -> None:
     assert page.count("<svg") == 3
     for text in (
         "No candidate document lowers this query’s loss", "near-duplicate of 1", "Tokens of the query that it moves",
-        "Contributions by layer", "Recall@10", "0.950", "0.1 × mean eigenvalue", "<code>f1</code>", "<code>g2</code>",
+        "Contributions by layer", "Recall@10", "0.950", "0.1 × mean eigenvalue", "0.01 to 0.03",
+        "<code>f1</code>", "<code>g2</code>",
         "proponent</b> more training on this document lowers", "mlp.dense_4h_to_h", "random documents",
     ):  # fmt: skip
         assert text in page, text

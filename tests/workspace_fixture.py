@@ -59,8 +59,8 @@ def write_corpus(root: Path, stage: str, n_documents: int, seed: int = 0) -> lis
         pa.table({"document_id": ["bad-1"], "reason": ["the text is empty"]}),
     )
     shard = {"sequences": "shard-00000.parquet", "documents": "documents-00000.parquet"}
-    shard |= {"n_sequences": n_documents, "n_documents": n_documents}
-    manifest = {"shards": [shard], "fingerprint": "c" * 16, "settings": {"max_length": 128}, "quarantined": 1}
+    shard |= {"n_sequences": n_documents, "n_documents": n_documents, "n_quarantined": 1}
+    manifest = {"shards": [shard], "fingerprint": "c" * 16, "max_length": 128, "key": "k"}
     storage.write_json(folder / "manifest.json", manifest)
     return ids
 
@@ -126,7 +126,7 @@ def write_attribution(root: Path, run_id: str, documents: list[str], seed: int =
         "run_id": run_id, "created": f"2026-01-0{seed + 1}T00:00:00+00:00", "seconds": 2.5,
         "generation": "g2",
         "recall": RECALL, "factors": {"pretrain": "f1", "finetune": "f2"},
-        "damping": {"pretrain": {MAPS[0]: 0.01}, "finetune": {MAPS[0]: 0.02}},
+        "levels": {name: [[0.01, 0.03], [0.2]] for name in MAPS},
         "settings": {"attribute_to": "pretrain", "stages": stages}, "n_queries": 3, "n_rescored": 60,
     })  # fmt: skip
     return folder
@@ -144,8 +144,8 @@ def write_workspace(root: Path) -> Path:
     write_corpus(root, "finetune", 12, seed=1)
     for i, stage in ((1, "pretrain"), (2, "finetune")):
         storage.write_json(root / "pins" / f"{stage}.json", {"recipe": "r", "factors": f"f{i}"})
-        manifest = {"maps": MAPS, "mean_targets": 20.5, "n_sequences": 60, "settings": {"seed": 0}}
-        storage.write_json(root / "factors" / f"f{i}" / "manifest.json", manifest)
+        manifest = {"version": 1, "maps": {name: {} for name in MAPS}, "mean_targets": 20.5, "sequences": 60}
+        storage.write_json(root / "factors" / f"f{i}" / "factors.json", manifest)
     for i, recall in ((1, {}), (2, RECALL)):
         storage.write_json(root / "generations" / f"g{i}" / "manifest.json", {
             "generation": f"g{i}", "created": f"2026-01-0{i}T00:00:00+00:00",

@@ -93,11 +93,24 @@ def render(attribution: Attribution) -> str:
         stages=settings.get("stages", []),
         attributed=settings.get("attribute_to", ""),
         recall=recall_rows(manifest.get("recall") or {}),
-        stored=json.dumps({k: manifest[k] for k in ("settings", "damping") if k in manifest}, indent=1),
+        levels=level_ranges(manifest),
+        stored=json.dumps(settings, indent=1),
         queries=query_views(attribution),
         chart_width=charts.WIDTH,
         chart_height=charts.HEIGHT,
     )
+
+
+def level_ranges(manifest: dict[str, Any]) -> dict[str, str]:
+    """For each stage, the smallest and largest damping (or tau) that its blocks used."""
+    settings = manifest.get("settings", {})
+    names = [stage["name"] for stage in settings.get("stages", [])]
+    names = names[names.index(settings["attribute_to"]) :] if settings.get("attribute_to") in names else []
+    used: dict[str, list[float]] = {name: [] for name in names}
+    for stages in (manifest.get("levels") or {}).values():
+        for name, blocks in zip(names, stages, strict=False):
+            used[name] += blocks
+    return {name: f"{min(values):.3g} to {max(values):.3g}" for name, values in used.items() if values}
 
 
 def recall_rows(recall: dict[str, Any]) -> list[tuple[str, float]]:
