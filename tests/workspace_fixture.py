@@ -71,9 +71,7 @@ def write_attribution(root: Path, run_id: str, documents: list[str], seed: int =
     rows: dict[str, list[tuple[object, ...]]] = {name: [] for name in SCHEMAS}
     for query_id, prompt, completion in QUERIES:
         metadata = json.dumps({"source": "wordnet"})
-        rows["queries.parquet"].append(
-            (run_id, query_id, prompt, completion, float(rng.uniform(5, 30)), metadata)
-        )
+        rows["queries.parquet"].append((run_id, query_id, prompt, completion, float(rng.uniform(5, 30)), metadata))
         for name in documents[10:50]:
             rows["samples.parquet"].append((run_id, query_id, name, float(rng.normal(0, 0.5))))
         if not completion:
@@ -105,23 +103,15 @@ def write_attribution(root: Path, run_id: str, documents: list[str], seed: int =
             noise *= score / (noise.sum() or 1)
             for position, value in enumerate(noise):
                 token = "<script>" if position == 5 else " " + str(rng.choice(WORDS))
-                rows["tokens.parquet"].append(
-                    (run_id, query_id, str(name), position, token, float(value), "document")
-                )
+                rows["tokens.parquet"].append((run_id, query_id, str(name), position, token, float(value), "document"))
             for position, token in enumerate(completion.split()):
-                rows["tokens.parquet"].append(
-                    (run_id, query_id, str(name), position, " " + token, score / 4, "query")
-                )
+                rows["tokens.parquet"].append((run_id, query_id, str(name), position, " " + token, score / 4, "query"))
     folder = root / "attributions" / run_id
     for name, schema in SCHEMAS.items():
         columns = list(zip(*rows[name], strict=True)) or [[] for _ in schema]
-        _write(
-            folder / name, pa.table(dict(zip(schema.names, map(list, columns), strict=True)), schema=schema)
-        )
+        _write(folder / name, pa.table(dict(zip(schema.names, map(list, columns), strict=True)), schema=schema))
     filters = {"kind": "damped", "damping": 0.1, "relative": True}
-    stages = [
-        {"name": name, "model": f"models/{name}", "filter": filters} for name in ("pretrain", "finetune")
-    ]
+    stages = [{"name": name, "model": f"models/{name}", "filter": filters} for name in ("pretrain", "finetune")]
     storage.write_json(folder / "manifest.json", {
         "run_id": run_id, "created": f"2026-01-0{seed + 1}T00:00:00+00:00", "seconds": 2.5,
         "generation": "g2",
