@@ -40,9 +40,7 @@ def ranks_of_scores(
     """Ranks of the gold documents where every document has a score [Q, D]; a tie counts against the gold."""
     table = np.asarray(scores)
     if table.shape != (len(gold), len(document_ids)):
-        raise InputError(
-            f"fact tracing: scores {table.shape} for {len(gold)} queries, {len(document_ids)} documents"
-        )
+        raise InputError(f"fact tracing: scores {table.shape} for {len(gold)} queries, {len(document_ids)} documents")
     column = {name: i for i, name in enumerate(document_ids)}
     return [
         [int((row >= row[column[name]]).sum()) if name in column else MISSED for name in names]

@@ -58,9 +58,7 @@ def tail_patch(
     """
     for method, documents in retrieved.items():
         if len(documents) != len(queries):
-            raise InputError(
-                f"tail-patch: {method} has documents for {len(documents)} of {len(queries)} queries"
-            )
+            raise InputError(f"tail-patch: {method} has documents for {len(documents)} of {len(queries)} queries")
     patched = copy.deepcopy(model).requires_grad_(True).eval()
     before = [summed_loss(model, queries.take([row]), batch_tokens, task) for row in range(len(queries))]
     changes = {method: np.full(len(queries), np.nan) for method in retrieved}
@@ -69,18 +67,14 @@ def tail_patch(
         for row, sequences in enumerate(documents):
             if len(sequences):
                 descend(patched, sequences, learning_rate, batch_tokens, task)
-                changes[method][row] = (
-                    summed_loss(patched, queries.take([row]), batch_tokens, task) - before[row]
-                )
+                changes[method][row] = summed_loss(patched, queries.take([row]), batch_tokens, task) - before[row]
                 restore(patched, model)
             done += 1
             progress(done, total)
     return changes
 
 
-def descend(
-    model: torch.nn.Module, sequences: Sequences, learning_rate: float, batch_tokens: int, task: str
-) -> None:
+def descend(model: torch.nn.Module, sequences: Sequences, learning_rate: float, batch_tokens: int, task: str) -> None:
     """One step of gradient descent, in place, on the mean loss per target token."""
     parameters = list(model.parameters())
     total = [torch.zeros_like(p) for p in parameters]
@@ -89,9 +83,7 @@ def descend(
     for batch in batches(sequences, batch_tokens, parameters[0].device):
         outputs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
         loss = target_losses(outputs, batch, task).sum()
-        for sum_, gradient in zip(
-            total, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
-        ):
+        for sum_, gradient in zip(total, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
             if gradient is not None:
                 sum_.add_(gradient)
     with torch.no_grad():

@@ -1,0 +1,213 @@
+"""The command line: `msif COMMAND`. Each flow command brings a server up, runs, and prints what was made."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from msif_core.config import Config
+from msif_core.errors import InputError
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+console = Console(soft_wrap=False)
+
+DEMO = Path(__file__).parent.parent / "deployments" / "configs" / "demo.yaml"
+ConfigFile = Annotated[Path, typer.Argument(help="The configuration, a YAML file.", metavar="CONFIG")]
+QueriesFile = Annotated[Path, typer.Option("--queries", help="Queries, a jsonl file.")]
+KeepServer = Annotated[bool, typer.Option("--keep-server", help="Leave the local Prefect server running.")]
+
+
+def main() -> None:
+    """Entry point: a mistake of the user's is one message and exit code 2."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except InputError as error:
+        print(f"msif: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@contextmanager
+def orchestrated(config: Config, keep: bool) -> Iterator[None]:
+    """A server for the flows inside; prints where their runs can be watched."""
+    import transformers
+
+    from flows.server import limit_accelerator, server
+
+    transformers.utils.logging.disable_progress_bar()
+    with server(config.workspace, keep) as url:
+        console.print(f"Prefect: {url.removesuffix('/api')}/runs")
+        limit_accelerator(config.compute.workers)
+        yield
+
+
+@app.command()
+def demo(keep_server: KeepServer = False) -> None:
+    """Train two small stages on the shipped texts, fit, index, attribute ten questions, compare methods."""
+    from flows.demo import demo as flow
+
+    config = Config.load(DEMO)
+    with orchestrated(config, keep_server):
+        run, comparison = flow(config)
+    print_attribution(run, top=3)
+    print_recall(config)
+    print_comparison(comparison)
+
+
+@app.command()
+def run(config: ConfigFile, keep_server: KeepServer = False) -> None:
+    """Tokenize, fit and index. A second run finds everything in place and says so."""
+    from flows.build_index import build_index
+
+    settings = Config.load(config)
+    with orchestrated(settings, keep_server):
+        generation = build_index(settings)
+    console.print(f"Published: {generation}")
+    print_recall(settings)
+
+
+@app.command()
+def attribute(
+    config: ConfigFile,
+    queries: QueriesFile,
+    top_k: Annotated[int | None, typer.Option(help="Documents in each answer.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the influences to this Parquet file.")] = None,
+    keep_server: KeepServer = False,
+) -> None:
+    """Rank pre-training documents for each query, with exact multi-stage scores."""
+    import pyarrow.parquet as pq
+
+    from flows.attribute import attribute as flow
+    from msif_core.attribution import Attribution
+
+    settings = Config.load(config)
+    with orchestrated(settings, keep_server):
+        folder = flow(settings, queries, top_k or settings.retrieval.top_k)
+    print_attribution(folder, top=5)
+    if out is not None:
+        pq.write_table(Attribution.open(folder).table, out)
+
+
+@app.command()
+def score(
+    config: ConfigFile,
+    queries: QueriesFile,
+    documents: Annotated[Path, typer.Option(help="Documents, a jsonl file.")],
+    out: Annotated[Path, typer.Option(help="Where to write float32 [n_queries, n_documents], .npy.")],
+) -> None:
+    """Exhaustive exact scores, no index and no server."""
+    from msif_core.pipeline import Pipeline
+
+    scores = Pipeline.from_config(config).score(queries, documents)
+    np.save(out, scores)
+    console.print(f"{out}: float32 {list(scores.shape)}")
+
+
+@app.command()
+def rebuild(
+    config: ConfigFile,
+    refit: Annotated[bool, typer.Option(help="Fit the factors anew on the corpus as it is.")] = False,
+    keep_server: KeepServer = False,
+) -> None:
+    """The periodic rebuild: factors stay pinned, only changed shards are sketched."""
+    from flows.rebuild_index import rebuild_index
+
+    settings = Config.load(config)
+    with orchestrated(settings, keep_server):
+        console.print(f"Published: {rebuild_index(settings, refit)}")
+
+
+@app.command()
+def sql(config: ConfigFile, statement: Annotated[str, typer.Argument(help="One SELECT statement.")]) -> None:
+    """Ask the catalog; read-only."""
+    from msif_core import catalog
+
+    result = catalog.query(Config.load(config).workspace.resolve(), statement)
+    table = Table(*result.column_names)
+    for row in result.to_pylist():
+        table.add_row(*(str(value) for value in row.values()))
+    console.print(table)
+
+
+@app.command()
+def report(config: ConfigFile, run: Annotated[str, typer.Argument(help="Name of the attribution's run.")]) -> None:
+    """Write an attribution as one self-contained HTML page."""
+    from msif_core.attribution import Attribution
+    from msif_core.workspace import Workspace
+
+    folder = Workspace(Config.load(config).workspace.resolve()).attributions / run
+    console.print(Attribution.open(folder).to_html(folder / "page.html"))
+
+
+@app.command()
+def rollback(config: ConfigFile) -> None:
+    """Publish the generation before the current one."""
+    from msif_core import storage
+    from msif_core.workspace import Workspace
+
+    workspace = Workspace(Config.load(config).workspace.resolve())
+    manifest = storage.read_json(workspace.current_generation() / "manifest.json")
+    if manifest["parent"] is None:
+        raise InputError(f"generation {manifest['generation']} is the first; there is none before it")
+    workspace.publish(manifest["parent"])
+    console.print(f"Published: {manifest['parent']}")
+
+
+def print_attribution(folder: Path, top: int) -> None:
+    """A ranked table for each query."""
+    from msif_core.attribution import Attribution
+
+    attribution = Attribution.open(folder)
+    texts = attribution.documents
+    rows = attribution.table.to_pylist()
+    for query in attribution.queries.to_pylist():
+        title = f"{query['prompt'].strip().splitlines()[1] if '###' in query['prompt'] else query['prompt']}"
+        table = Table("rank", "score", "pct", "document", "text", title=f"{title}  →  {query['completion']}")
+        for row in rows:
+            if row["query_id"] == query["query_id"] and row["side"] == "proponent" and row["rank"] <= top:
+                text = texts[row["document_id"]].text
+                table.add_row(
+                    str(row["rank"]), f"{row['score']:.4g}", f"{row['percentile']:.1f}", row["document_id"], text[:70]
+                )
+        console.print(table)
+    console.print(f"Stored: {folder}")
+    console.print(f"Page:   {folder / 'page.html'}")
+
+
+def print_recall(config: Config) -> None:
+    """Measured recall of the published generation."""
+    from msif_core import storage
+    from msif_core.workspace import Workspace
+
+    manifest = storage.read_json(Workspace(config.workspace.resolve()).current_generation() / "manifest.json")
+    recall = manifest["recall"]
+    if recall:
+        shares = ", ".join(f"{float(s):.1%}: {v:.2f}" for s, v in recall["recall_at_10"].items())
+        console.print(
+            f"Recall@10 of the exact top ten by share re-scored ({recall['queries']} held-out queries, "
+            f"{recall['sequences']:,} sequences, {recall['bytes_per_sequence']:.0f} bytes each): {shares}"
+        )
+
+
+def print_comparison(result: dict[str, Any]) -> None:
+    """Fact tracing and tail-patch, one row a method."""
+    title = f"{result['queries']} questions with a known source document"
+    table = Table(
+        "method", "MRR", "gold in top 10", "loss change after a step on the top 10", "against random", title=title
+    )
+    for row in result["methods"]:
+        traced = ["–", "–"] if row["mrr"] is None else [f"{row['mrr']:.2f}", f"{row['recall_at_10']:.2f}"]
+        table.add_row(
+            row["method"], *traced, f"{row['loss_change']:+.3f} ± {row['loss_change_error']:.3f}",
+            f"{row['against_random']:+.3f} ± {row['against_random_error']:.3f}",
+        )  # fmt: skip
+    console.print(table)

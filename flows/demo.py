@@ -1,0 +1,29 @@
+"""demo: the whole story on the shipped texts."""
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from flows.attribute import attribute
+from flows.build_index import build_index
+from msif_core import records
+from msif_core.config import Config
+from msif_core.errors import InputError
+from tasks import evaluation, training
+
+QUESTIONS = 10
+TAIL_PATCH_RATE = 0.02
+"""Learning rate of the tail-patch step: small enough that random documents hardly move the loss."""
+
+
+@flow(name="demo", flow_run_name="demo {config.workspace}")
+def demo(config: Config) -> tuple[Path, dict[str, Any]]:
+    """Train two stages, fit, index, attribute ten questions, and set the methods side by side."""
+    if config.queries is None:
+        raise InputError("the demo's configuration needs `queries`")
+    training.train_stages(config)
+    build_index(config)
+    questions = records.read_list(Path(config.queries))[:QUESTIONS]
+    run = attribute(config, questions, config.retrieval.top_k)
+    return run, evaluation.compare_methods(config, TAIL_PATCH_RATE)
