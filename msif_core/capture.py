@@ -22,20 +22,30 @@ def capture(model: Any, maps: list[TrackedMap], batch: Batch, loss: Loss, consum
     `consume(map, a, d)` gets a [N, T, d_in] (with a final 1 for a bias) and d [N, T, G, b], the gradient of
     the summed loss with respect to the map's output. Rows of `a` that no target depends on are zero:
     padding, and in a causal model the positions from the last target on; d is zero there by itself.
-    Both are freed when `consume` returns.
+    Both are freed when `consume` returns. A map that reads one vector a sequence (a pooler, a head) has T = 1.
 
     Raises:
-        InputError: a map is called twice in one forward, so that its gradient is not one outer product.
+        InputError: a map is called twice in one forward, so that its gradient is not one outer product, or on
+            something else than [N, T, features] (the experts of a mixture), or does not reach the loss.
     """
     counted = counted_positions(model, batch)
     inputs: dict[str, torch.Tensor] = {}
+    called: set[str] = set()
     handles = [model.get_input_embeddings().register_forward_hook(_require_grad)]
 
     def forward_hook(tracked: TrackedMap) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            if tracked.name in inputs:
+            if tracked.name in called:
                 raise InputError(f"{tracked.name}: called twice in one forward pass; leave it out of curvature.include")
-            inputs[tracked.name] = args[0].detach()
+            called.add(tracked.name)
+            a = args[0].detach()
+            a = a[:, None] if a.ndim == 2 else a
+            if a.ndim != 3 or a.shape[0] != len(batch.rows) or a.shape[1] not in (1, batch.input_ids.shape[1]):
+                raise InputError(
+                    f"{tracked.name}: reads a tensor of shape {list(args[0].shape)}, not [sequences, tokens, features] "
+                    f"of {list(batch.input_ids.shape)}; leave it out of curvature.include"
+                )
+            inputs[tracked.name] = a
             output.register_hook(lambda gradient: backward_hook(tracked, gradient))
 
         return hook
@@ -44,7 +54,8 @@ def capture(model: Any, maps: list[TrackedMap], batch: Batch, loss: Loss, consum
         a = inputs.pop(tracked.name)
         if tracked.bias:
             a = torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1)
-        if counted is not None:
+        gradient = gradient[:, None] if gradient.ndim == 2 else gradient
+        if counted is not None and a.shape[1] == counted.shape[1]:
             a = a * counted.to(a.dtype)
         if tracked.permutation is not None:
             gradient = gradient[..., torch.as_tensor(tracked.permutation, device=gradient.device)]
@@ -54,16 +65,33 @@ def capture(model: Any, maps: list[TrackedMap], batch: Batch, loss: Loss, consum
         for tracked in maps:
             handles.append(model.get_submodule(tracked.name).register_forward_hook(forward_hook(tracked)))
         with torch.enable_grad():
-            outputs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **no_cache(model))
-            loss(outputs, batch).backward()
+            loss(forward(model, batch), batch).backward()
+            if inputs or len(called) < len(maps):
+                lost = inputs or {m.name for m in maps} - called
+                raise InputError(f"{next(iter(lost))}: does not reach the loss; leave it out of curvature.include")
     finally:
         for handle in handles:
             handle.remove()
 
 
-def no_cache(model: nn.Module) -> dict[str, bool]:
-    """Arguments that keep a decoder from storing keys and values for generation."""
-    return {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
+def forward(model: Any, batch: Batch) -> Any:
+    """The model's outputs on a batch, without a cache of keys and values.
+
+    A decoder with a classification head finds a sequence's last token by its own padding id: use that.
+
+    Raises:
+        InputError: such a decoder has no padding id, and the batch has more than one sequence.
+    """
+    config = model.config
+    input_ids = batch.input_ids
+    if is_classifier(model) and config.pad_token_id is not None:
+        input_ids = input_ids.masked_fill(batch.attention_mask == 0, config.pad_token_id)
+    elif is_classifier(model) and len(batch.rows) > 1:
+        raise InputError(
+            f"{config.name_or_path}: a classifier without a padding token; set pad_token_id in config.json"
+        )
+    options = {"use_cache": False} if getattr(config, "use_cache", None) is not None else {}
+    return model(input_ids=input_ids, attention_mask=batch.attention_mask, **options)
 
 
 def counted_positions(model: nn.Module, batch: Batch) -> torch.Tensor | None:

@@ -10,6 +10,9 @@ import torch
 
 from msif_core.batching import IGNORED, Batch
 
+CHUNK_ENTRIES = 1 << 24
+"""Softmax entries held in float64 at one time."""
+
 Loss = Callable[[Any, Batch], torch.Tensor]
 
 
@@ -47,23 +50,34 @@ def sampled_loss(task: str, seed: int) -> Loss:
 
     def loss(outputs: Any, batch: Batch) -> torch.Tensor:
         logits, targets = logits_and_targets(outputs, batch, task)
-        with torch.no_grad():
-            cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
-            u = torch.from_numpy(uniforms(batch.fingerprints, targets.shape[1], seed)).to(logits.device)
-            drawn = torch.searchsorted(cumulative, u[..., None], right=True).squeeze(-1)
-            drawn = drawn.clamp_(max=logits.shape[-1] - 1)
-            drawn = torch.where(targets == IGNORED, targets, drawn)
+        u = torch.from_numpy(uniforms(batch.fingerprints, targets.shape[1], seed)).to(logits.device)
+        drawn = draw_labels(logits.detach(), targets, u)
         wide = logits if logits.dtype == torch.float64 else logits.float()
         return torch.nn.functional.cross_entropy(wide.transpose(1, 2), drawn, ignore_index=IGNORED, reduction="sum")
 
     return loss
 
 
+def draw_labels(logits: torch.Tensor, targets: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Labels [N, P] from the softmax of logits [N, P, V] by the inverse of its distribution function at u [N, P].
+
+    Only positions with a target are drawn for; the others stay ignored.
+    """
+    drawn = targets.clone()
+    rows, columns = torch.nonzero(targets != IGNORED, as_tuple=True)
+    for part in torch.arange(len(rows), device=rows.device).split(max(1, CHUNK_ENTRIES // logits.shape[-1])):
+        at = rows[part], columns[part]
+        cumulative = logits[at].double().softmax(dim=-1).cumsum(dim=-1)
+        label = torch.searchsorted(cumulative, u[at][:, None], right=True).squeeze(-1)
+        drawn[at] = label.clamp_(max=logits.shape[-1] - 1)
+    return drawn
+
+
 def uniforms(fingerprints: list[str], positions: int, seed: int) -> np.ndarray:
     """Uniform numbers [N, positions] in [0, 1), each a function of (seed, fingerprint, position) alone."""
     keys = np.array([int(f, 16) for f in fingerprints], dtype=np.uint64)[:, None]
     with np.errstate(over="ignore"):
-        state = _mix(keys ^ _mix(np.array([[seed]], dtype=np.uint64)))
+        state = _mix(keys ^ _mix(np.array([[seed & 0xFFFFFFFFFFFFFFFF]], dtype=np.uint64)))
         state = _mix(state + np.arange(1, positions + 1, dtype=np.uint64)[None] * np.uint64(0x9E3779B97F4A7C15))
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

@@ -20,6 +20,15 @@ from msif_core.errors import InputError
 SIBLINGS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"query", "key", "value"})
 """Maps that read the same input, and so share A and Q_A."""
 
+FUSED = {"query_key_value", "c_attn", "qkv_proj", "Wqkv", "W_pack", "in_proj"}
+"""Names of maps that hold queries, keys and values in one matrix."""
+
+LAYOUTS = {("gpt_neox", "query_key_value"): "head", ("bloom", "query_key_value"): "head", ("gpt2", "c_attn"): "qkv"}
+"""Order of the output rows of fused maps: `head` is [head, 3, head_dim], `qkv` is [3, head, head_dim]."""
+
+WIDEST_BLOCK = 4096
+"""A tracked head with more rows than this has its S cut into equal diagonal blocks that are no larger."""
+
 
 @dataclass(frozen=True)
 class TrackedMap:
@@ -62,7 +71,7 @@ def load_model(
     """The frozen model in evaluation mode; weights come from safetensors only.
 
     Raises:
-        InputError: there is no such checkpoint, or it has no safetensors, or it is an adapter.
+        InputError: there is no such checkpoint, or it has no safetensors, lacks weights, or is an adapter.
     """  # fmt: skip
     if Path(source, "adapter_config.json").exists():
         raise InputError(f"{source}: a PEFT adapter; merge it into its base model (merge_and_unload) and save that")
@@ -71,12 +80,17 @@ def load_model(
         "classification": transformers.AutoModelForSequenceClassification,
     }[task]
     try:
-        model = auto.from_pretrained(
+        model, loaded = auto.from_pretrained(
             source, revision=revision or "main", dtype=getattr(torch, dtype),
-            use_safetensors=True, trust_remote_code=trust_remote_code,
+            use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True,
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise InputError(f"{source}: no model can be loaded from it: {error}") from None
+    if loaded["missing_keys"]:
+        raise InputError(
+            f"{source}: the checkpoint has no weights for {sorted(loaded['missing_keys'])}, which would be random; "
+            f"is its task {task}?"
+        )
     return freeze(model.to(device))
 
 
@@ -109,8 +123,11 @@ def tracked_maps(model: Any, settings: CurvatureSettings) -> list[TrackedMap]:
     """The linear maps that `settings` ask for, in the model's order.
 
     Raises:
-        InputError: none is left, or a tracked head is tied to the embedding.
+        InputError: none is left, a tracked head is tied to the embedding, the rows of a fused map are in an
+            unknown order, or the model is an encoder-decoder.
     """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise InputError(f"{type(model).__name__}: encoder-decoder models are not supported")
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     embedding = model.get_input_embeddings().weight
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
@@ -122,38 +139,52 @@ def tracked_maps(model: Any, settings: CurvatureSettings) -> list[TrackedMap]:
             raise InputError(
                 f"{name}: tied to the embedding, whose gradient is not tracked; set curvature.track_unembedding: false"
             )
-        found.append(_describe(model, name, module, settings.qkv_split))
+        found.append(_describe(model, name, module, settings.qkv_split, module is head))
     if not found:
         raise InputError(f"curvature.include {settings.include!r} matches none of the linear maps: {sorted(linear)}")
     return found
 
 
-def _describe(model: nn.Module, name: str, module: Any, split: str) -> TrackedMap:
+def _describe(model: nn.Module, name: str, module: Any, split: str, is_head: bool) -> TrackedMap:
     weight = module.weight
     d_in, d_out = weight.shape if isinstance(module, Conv1D) else reversed(weight.shape)
-    groups, permutation = _blocks(model.config, name, int(d_out), split)
+    groups, permutation = (_head_blocks(int(d_out)), None) if is_head else _blocks(model, name, int(d_out), split)
     parent, _, leaf = name.rpartition(".")
     siblings = next((s for s in SIBLINGS if leaf in s), None)
     group = f"{parent}.{'+'.join(sorted(siblings))}" if siblings else name
     has_bias = module.bias is not None
+    if siblings and has_bias:  # a sibling without a bias has another homogeneous input
+        group += "+1"
     return TrackedMap(name, int(d_in) + has_bias, int(d_out), has_bias, groups, permutation, group)
 
 
-def _blocks(config: Any, name: str, d_out: int, split: str) -> tuple[int, tuple[int, ...] | None]:
+def _blocks(model: Any, name: str, d_out: int, split: str) -> tuple[int, tuple[int, ...] | None]:
     """Blocks of a query-key-value map, from each architecture's own layout of its output rows."""
     leaf = name.rpartition(".")[2]
-    heads: int = getattr(config, "num_attention_heads", 0) or getattr(config, "n_head", 0)
-    if leaf == "query_key_value" and split != "none":  # GPT-NeoX, BLOOM: rows are [head, 3, head_dim]
-        rows = torch.arange(d_out).view(heads, 3, -1)
-        if split == "head":
-            return 3 * heads, None
-        return 3, tuple(rows.transpose(0, 1).reshape(-1).tolist())
-    if leaf == "c_attn" and split != "none":  # GPT-2: rows are [3, head, head_dim]
-        return (3 if split == "projection" else 3 * heads), None
-    if leaf in SIBLINGS[0] | SIBLINGS[2] and split == "head":  # separate maps, keys possibly grouped
+    config = model.config
+    if split == "none" or leaf not in FUSED | SIBLINGS[0] | SIBLINGS[2]:
+        return 1, None
+    heads: int = config.num_attention_heads
+    if leaf not in FUSED:  # separate maps, keys and values possibly grouped
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return d_out // head_dim, None
-    return 1, None
+        return (d_out // head_dim if split == "head" else 1), None
+    layout = LAYOUTS.get((config.model_type, leaf))
+    if layout is None:
+        raise InputError(
+            f"{name}: the order of its query, key and value rows is not known for {config.model_type} "
+            f"(known: {sorted(LAYOUTS)}); set curvature.qkv_split: none, or add it to models.LAYOUTS"
+        )
+    if split == "head":
+        return 3 * heads, None
+    if layout == "qkv":
+        return 3, None
+    rows = torch.arange(d_out).view(heads, 3, -1)
+    return 3, tuple(rows.transpose(0, 1).reshape(-1).tolist())
+
+
+def _head_blocks(d_out: int) -> int:
+    """Fewest equal blocks of an unembedding that are no wider than `WIDEST_BLOCK`; a prime one has a diagonal S."""
+    return next(g for g in range(1, d_out + 1) if d_out % g == 0 and d_out // g <= WIDEST_BLOCK)
 
 
 def coverage(model: nn.Module, maps: list[TrackedMap]) -> tuple[int, int]:

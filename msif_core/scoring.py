@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from msif_core.batching import Batch, Sequences, batches
-from msif_core.capture import capture, no_cache
-from msif_core.curvature.fit import per_sequence_gradients, sum_dtype
+from msif_core.capture import capture, forward
+from msif_core.curvature.fit import gradient_chunks, per_sequence_gradients, sum_dtype
 from msif_core.losses import target_loss, target_losses
 from msif_core.models import TrackedMap
 
@@ -29,7 +29,8 @@ def query_gradients(
         rows = torch.from_numpy(batch.rows).to(device)
 
         def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, rows: torch.Tensor = rows) -> None:
-            found[m.name][rows] = per_sequence_gradients(a.to(dtype), d.to(dtype))
+            for part in gradient_chunks(m, len(rows)):
+                found[m.name][rows[part]] = per_sequence_gradients(a[part].to(dtype), d[part].to(dtype))
 
         capture(model, maps, batch, target_loss(task), consume)
     return found
@@ -60,7 +61,9 @@ def score_sequences(
             if queries == 1:
                 total[0] += token_products(m, filtered[m.name][0], a.to(dtype), d.to(dtype)).sum(dim=1)
             else:
-                total.add_(flat[m.name] @ per_sequence_gradients(a.to(dtype), d.to(dtype)).flatten(1).mT)
+                for part in gradient_chunks(m, len(a)):
+                    gradients = per_sequence_gradients(a[part].to(dtype), d[part].to(dtype))
+                    total[:, part] += flat[m.name] @ gradients.flatten(1).mT
 
         capture(model, maps, batch, target_loss(task), consume)
         scores[:, batch.rows] = total.cpu().numpy()
@@ -83,8 +86,8 @@ def contributions(
 ) -> tuple[list[dict[str, float]], list[FloatArray]]:
     """One query's score of each sequence, split by map and, the other way, by token.
 
-    A token's part is what its input position contributes, d_t^T V a_t summed over maps. Both splits add up
-    to the exact score.
+    A token's part is what its input position contributes, d_t^T V a_t summed over maps; that of maps that read
+    one vector a sequence goes to the first token. Both splits add up to the exact score.
     """  # fmt: skip
     device, dtype = next(model.parameters()).device, sum_dtype(model)
     maps = [m for m in maps if m.name in filtered]
@@ -96,7 +99,8 @@ def contributions(
             products = token_products(m, filtered[m.name][0], a.to(dtype), d.to(dtype)).cpu().numpy()
             for i, row in enumerate(batch.rows):
                 by_map[row][m.name] = float(products[i].sum())
-                by_token[row] += products[i, : len(by_token[row])].astype(np.float32)
+                width = min(products.shape[1], len(by_token[row]))
+                by_token[row][:width] += products[i, :width].astype(np.float32)
 
         capture(model, maps, batch, target_loss(task), consume)
     return by_map, by_token
@@ -107,6 +111,5 @@ def losses(model: nn.Module, sequences: Sequences, batch_tokens: int, *, task: s
     """Summed negative log-likelihood of each sequence's targets."""
     found = np.zeros(len(sequences))
     for batch in batches(sequences, batch_tokens, next(model.parameters()).device):
-        outputs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **no_cache(model))
-        found[batch.rows] = target_losses(outputs, batch, task).double().cpu().numpy()
+        found[batch.rows] = target_losses(forward(model, batch), batch, task).double().cpu().numpy()
     return [float(x) for x in found]

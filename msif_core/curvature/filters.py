@@ -37,7 +37,8 @@ class Damped:
     """Converged training with proximity to its start: 1/(Lambda + c), and alpha/(Lambda + alpha).
 
     `damping` is relative to the block's mean eigenvalue, or absolute. `tokens` is the mean number of targets
-    of a sequence where training minimised a per-token mean, else 1: it rescales absolute values.
+    of a sequence where training minimised a per-token mean, else 1: it rescales absolute values. A block that the
+    fit's data never reached has no eigenvalue to be relative to: it lets a query pass, and has no say itself.
     """
 
     damping: float
@@ -52,12 +53,13 @@ class Damped:
 
     def attributed(self, eigenvalues: torch.Tensor) -> torch.Tensor:
         """1 / (Lambda + damping)."""
-        return 1 / (eigenvalues + self.level(eigenvalues))
+        level = self.level(eigenvalues)
+        return torch.where(level > 0, 1 / (eigenvalues + level), 0)
 
     def passing(self, eigenvalues: torch.Tensor) -> torch.Tensor:
         """Damping / (Lambda + damping)."""
         level = self.level(eigenvalues)
-        return level / (eigenvalues + level)
+        return torch.where(level > 0, level / (eigenvalues + level), 1)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Unrolled:
     def level(self, eigenvalues: torch.Tensor) -> torch.Tensor:
         """The absolute tau of each block."""
         if self.relative:
-            return self.tau / block_mean(eigenvalues)
+            mean = block_mean(eigenvalues)
+            return torch.where(mean > 0, self.tau / mean, 0)
         return torch.full_like(block_mean(eigenvalues), self.tau / self.tokens)
 
     def attributed(self, eigenvalues: torch.Tensor) -> torch.Tensor:

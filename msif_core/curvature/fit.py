@@ -20,11 +20,27 @@ from msif_core.batching import IGNORED, Sequences, batches
 from msif_core.capture import capture
 from msif_core.curvature.factors import VERSION, MapFactors, write_tensors
 from msif_core.errors import InputError
-from msif_core.losses import sampled_loss, uniforms
+from msif_core.losses import sampled_loss, target_loss, uniforms
 from msif_core.models import TrackedMap
 
 EIGENVALUE_SEED = 0x5EED
 """Added to the seed of the second pass: fresh labels, independent of the first pass's."""
+
+
+CHUNK_ENTRIES = 1 << 26
+"""Entries of per-sequence gradients held at one time (256 MB in float32)."""
+
+
+class NonFiniteError(InputError):
+    """NaN or infinite gradients; names the map and lists the sequences' documents."""
+
+    def __init__(self, name: str, documents: list[str]) -> None:
+        self.map = name
+        self.documents = documents
+        super().__init__(
+            f"{name}: NaN or infinite gradients from document {documents[0]!r} (of {len(documents)} such sequences in "
+            "its batch); quarantine it, or set compute.dtype: float32"
+        )
 
 
 def sample_rows(fingerprints: list[str], share: float, seed: int) -> npt.NDArray[np.int64]:
@@ -72,8 +88,10 @@ def covariance_sums(
             sums[key].baddbmm_(rows.mT, rows)
 
     seen: set[str] = set()
+    finite: dict[str, torch.Tensor] = {}
 
     def consume(tracked: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> None:
+        finite[tracked.name] = finite_rows(a, d)
         if tracked.input_group not in seen:
             seen.add(tracked.input_group)
             add(f"A/{tracked.input_group}", a.flatten(0, 1))
@@ -84,7 +102,33 @@ def covariance_sums(
     for batch in batches(sequences, batch_tokens, device):
         seen.clear()
         capture(model, maps, batch, sampled_loss(task, seed), consume)
+        table = torch.stack(list(finite.values())).cpu()
+        if not bool(table.all()):
+            first = int(torch.nonzero(~table.all(dim=1))[0])
+            bad = batch.rows[(~table[first]).numpy()]
+            raise NonFiniteError(list(finite)[first], [sequences.document_ids[row] for row in bad])
     return sums
+
+
+def finite_rows(a: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """Whether each sequence's inputs and gradients are finite: [N]."""
+    return a.flatten(1).isfinite().all(dim=1) & d.flatten(1).isfinite().all(dim=1)
+
+
+def finite_sequences(
+    model: nn.Module, maps: list[TrackedMap], sequences: Sequences, *, task: str, batch_tokens: int
+) -> npt.NDArray[np.bool_]:
+    """Whether each sequence's gradients are finite in every map, [N]; the others belong into quarantine."""
+    flags = np.ones(len(sequences), dtype=np.bool_)
+    for batch in batches(sequences, batch_tokens, next(model.parameters()).device):
+        found: list[torch.Tensor] = []
+
+        def consume(_: TrackedMap, a: torch.Tensor, d: torch.Tensor, found: list[torch.Tensor] = found) -> None:
+            found.append(finite_rows(a, d))
+
+        capture(model, maps, batch, target_loss(task), consume)
+        flags[batch.rows] = torch.stack(found).all(dim=0).cpu().numpy()
+    return flags
 
 
 def eigenvalue_sums(
@@ -102,12 +146,19 @@ def eigenvalue_sums(
     sums = {m.name: torch.zeros(m.shape, dtype=dtype, device=next(model.parameters()).device) for m in maps}
 
     def consume(tracked: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> None:
-        rotated = rotated_gradients(a.to(dtype), d.to(dtype), factors[tracked.name])
-        sums[tracked.name].add_(rotated.square_().sum(dim=0))
+        for part in gradient_chunks(tracked, len(a)):
+            rotated = rotated_gradients(a[part].to(dtype), d[part].to(dtype), factors[tracked.name])
+            sums[tracked.name].add_(rotated.square_().sum(dim=0))
 
     for batch in batches(sequences, batch_tokens, next(model.parameters()).device):
         capture(model, maps, batch, sampled_loss(task, seed + EIGENVALUE_SEED), consume)
     return sums
+
+
+def gradient_chunks(tracked: TrackedMap, count: int) -> Iterator[slice]:
+    """Slices of `count` sequences whose gradients of one map fit into `CHUNK_ENTRIES` together."""
+    step = max(1, CHUNK_ENTRIES // tracked.size)
+    return (slice(start, start + step) for start in range(0, count, step))
 
 
 def rotated_gradients(a: torch.Tensor, d: torch.Tensor, factors: MapFactors) -> torch.Tensor:
@@ -269,6 +320,6 @@ def _check_finite(sums: dict[str, torch.Tensor], path: Path) -> None:
     for key, value in sums.items():
         if not bool(torch.isfinite(value).all()):
             raise InputError(
-                f"{path.name}: NaN or infinite statistics in {key}; run in float32 (compute.dtype), "
+                f"{path.name}: NaN or infinite sums in {key}; run in float32 (compute.dtype), "
                 "or look for a broken document in this shard"
             )

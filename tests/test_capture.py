@@ -1,0 +1,295 @@
+"""Captured inputs and output gradients against autograd's weight gradients; invariances; refusals."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import VOCAB, make_model, make_sequences, task_of
+from transformers.pytorch_utils import Conv1D
+
+from msif_core.batching import IGNORED, Batch, Sequences, batches
+from msif_core.capture import capture, counted_positions, forward
+from msif_core.config import CurvatureSettings
+from msif_core.curvature.fit import NonFiniteError, covariance_sums, finite_sequences
+from msif_core.errors import InputError
+from msif_core.losses import draw_labels, sampled_loss, target_loss, uniforms
+from msif_core.models import TrackedMap, coverage, load_model, tracked_maps
+from msif_core.scoring import query_gradients
+
+ROOMY = 10_000
+
+
+def only(sequences: Sequences) -> Batch:
+    (batch,) = batches(sequences, ROOMY)
+    return batch
+
+
+def weight_gradient(model: Any, m: TrackedMap, batch: Batch, task: str) -> torch.Tensor:
+    """Autograd's gradient of the summed loss by the map's weight and bias, as [G, b, d_in]."""
+    module = model.get_submodule(m.name)
+    parameters = [p for p in (module.weight, module.bias) if p is not None]
+    for p in parameters:
+        p.requires_grad_(True)
+    gradients = torch.autograd.grad(target_loss(task)(forward(model, batch), batch), parameters)
+    for p in parameters:
+        p.requires_grad_(False)
+    weight = gradients[0].mT if isinstance(module, Conv1D) else gradients[0]
+    full = torch.cat([weight, gradients[1][:, None]], dim=1) if m.bias else weight
+    order = list(m.permutation) if m.permutation else list(range(m.d_out))
+    return full[order].reshape(m.shape)
+
+
+@pytest.mark.parametrize("split", ["none", "projection", "head"])
+def test_gradients_equal_autograd(architecture: str, split: Any, small_models: dict[str, Any]) -> None:
+    model, task = small_models[architecture], task_of(architecture)
+    maps = tracked_maps(model, CurvatureSettings(qkv_split=split))
+    sequences = make_sequences(4, task=task)
+    found = query_gradients(model, maps, sequences, ROOMY, task=task)
+    for m in maps:
+        expected = weight_gradient(model, m, only(sequences), task)
+        torch.testing.assert_close(found[m.name].sum(0), expected, rtol=1e-9, atol=1e-12)
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+
+
+def test_gradient_does_not_depend_on_the_batch(architecture: str, small_models: dict[str, Any]) -> None:
+    """Alone, in a padded batch, or in another order: the same gradient, and the same inputs and labels drawn."""
+    model, task = small_models[architecture], task_of(architecture)
+    maps = tracked_maps(model, CurvatureSettings())
+    sequences = make_sequences(5, task=task)
+    together = query_gradients(model, maps, sequences, ROOMY, task=task)
+    backwards = query_gradients(model, maps, sequences.take(range(4, -1, -1)), ROOMY, task=task)
+    sums = covariance_sums(model, maps, sequences, task=task, seed=3, batch_tokens=ROOMY)
+    singles = [
+        covariance_sums(model, maps, sequences.take([i]), task=task, seed=3, batch_tokens=ROOMY) for i in range(5)
+    ]
+    for key, value in sums.items():
+        torch.testing.assert_close(value, sum(s[key] for s in singles), rtol=1e-9, atol=1e-12)
+    for m in maps:
+        torch.testing.assert_close(backwards[m.name].flip(0), together[m.name], rtol=1e-9, atol=1e-12)
+        for i in range(5):
+            single = query_gradients(model, maps, sequences.take([i]), ROOMY, task=task)[m.name][0]
+            torch.testing.assert_close(together[m.name][i], single, rtol=1e-9, atol=1e-12)
+
+
+def test_bf16_is_close(decoder: str) -> None:
+    sequences = make_sequences(6, lengths=(8, 12))
+    fine, coarse = make_model(decoder), make_model(decoder, dtype=torch.bfloat16)
+    maps = tracked_maps(fine, CurvatureSettings())
+    exact = query_gradients(fine, maps, sequences, ROOMY, task="causal_lm")
+    rough = query_gradients(coarse, maps, sequences, ROOMY, task="causal_lm")
+    a = torch.cat([exact[m.name].flatten() for m in maps])
+    b = torch.cat([rough[m.name].flatten() for m in maps]).double()
+    assert rough[maps[0].name].dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.995
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "bloom", "gpt2"])
+def test_fused_blocks_are_query_key_value(architecture: str) -> None:
+    """A change of the values moves the attention's output, not its weights; blocks are told apart by that.
+
+    Key rows with their bias alone have no effect (softmax is shift invariant): the key block's bias gradient is 0.
+    """
+    model = make_model(architecture)
+    maps = tracked_maps(model, CurvatureSettings(qkv_split="projection"))
+    fused = [m for m in maps if m.groups == 3]
+    assert len(fused) == 2
+    found = query_gradients(model, fused, make_sequences(4), ROOMY, task="causal_lm")
+    for m in fused:
+        bias = found[m.name][..., -1].abs().amax(dim=(0, 2))  # [3]
+        if architecture != "gpt_neox":  # rotary keys: a constant key does turn with the position
+            assert bias[1] < 1e-5 * bias[2]  # BLOOM's softmax is in float32
+            assert bias[0] > 1e-3 * bias[2]
+        assert bias[2] > 0
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "bloom", "gpt2"])
+def test_fused_blocks_against_the_models_own_attention(architecture: str) -> None:
+    """One head's values alone change: exactly that head's slice of the context does."""
+    model = make_model(architecture)
+    m = next(m for m in tracked_maps(model, CurvatureSettings(qkv_split="head")) if m.groups == 6)
+    p = next(m for m in tracked_maps(model, CurvatureSettings(qkv_split="projection")) if m.groups == 3)
+    order = torch.tensor(p.permutation or tuple(range(p.d_out)))
+    module = model.get_submodule(m.name)
+    parent = m.name.rpartition(".")[0]
+    output = model.get_submodule(f"{parent}.{'c_proj' if architecture == 'gpt2' else 'dense'}")
+    seen: list[torch.Tensor] = []
+    handle = output.register_forward_pre_hook(lambda _m, args: seen.append(args[0].reshape(1, -1, 2, 4).clone()))
+    batch = only(make_sequences(1, lengths=(6, 7)))
+    rows = {  # rows of head 1 by both splits
+        "v": order.view(3, 2, 4)[2, 1],
+        "q": order.view(3, 2, 4)[0, 1],
+    }
+    head_rows = torch.arange(24).view(6, 4)
+    per_head = {"v": head_rows[5], "q": head_rows[3 if architecture != "gpt2" else 1]}
+    try:
+        forward(model, batch)
+        for kind in ("v", "q"):
+            assert torch.equal(rows[kind], per_head[kind])
+            before = module.bias.detach().clone()
+            module.bias.data[rows[kind]] += 1.0
+            forward(model, batch)
+            module.bias.data.copy_(before)
+    finally:
+        handle.remove()
+    base, values, queries = seen
+    torch.testing.assert_close(values - base, torch.zeros_like(base).index_fill(2, torch.tensor([1]), 1.0))
+    assert torch.equal(queries[:, :, 0], base[:, :, 0])  # the other head is left alone
+    torch.testing.assert_close(queries[:, 0, 1], base[:, 0, 1])  # the first position attends to itself only
+    assert not torch.allclose(queries[:, 1:, 1], base[:, 1:, 1])
+
+
+def test_grouped_keys_and_shared_inputs() -> None:
+    maps = {m.name.split(".", 3)[-1]: m for m in tracked_maps(make_model("llama"), CurvatureSettings(qkv_split="head"))}
+    assert maps["self_attn.q_proj"].groups == 2
+    assert maps["self_attn.k_proj"].groups == maps["self_attn.v_proj"].groups == 1  # one key head, so one block
+    shared = [maps[f"self_attn.{x}_proj"].input_group for x in "qkv"]
+    assert len(set(shared)) == 1
+    assert maps["mlp.gate_proj"].input_group == maps["mlp.up_proj"].input_group != maps["mlp.down_proj"].input_group
+
+
+def test_labels_are_shifted(decoder: str, small_models: dict[str, Any]) -> None:
+    """One label at position p: the gradient comes from p-1's logits, and from nothing at p or after."""
+    model = small_models[decoder]
+    maps = tracked_maps(model, CurvatureSettings())
+    sequences = make_sequences(1, lengths=(8, 9))
+    labels = np.full(8, IGNORED, np.int32)
+    labels[4] = sequences.input_ids[0][4]
+    sequences = Sequences([sequences.input_ids[0]], [labels], ["0" * 16], ["doc"], np.zeros(1, np.int64))
+    batch = only(sequences)
+    log_p = forward(model, batch).logits.log_softmax(-1)
+    torch.testing.assert_close(target_loss("causal_lm")(forward(model, batch), batch), -log_p[0, 3, labels[4]])
+    seen = {}
+    capture(model, maps, batch, target_loss("causal_lm"), lambda m, a, d: seen.update({m.name: (a, d)}))
+    for a, d in seen.values():
+        assert (d[0, 4:] == 0).all()
+        assert (a[0, 4:] == 0).all()
+        assert a[0, 3].abs().sum() > 0
+    last = seen[maps[-1].name][1]
+    assert last[0, 3].abs().sum() > 0
+
+
+def test_prompts_count_and_padding_does_not(decoder: str, small_models: dict[str, Any]) -> None:
+    model = small_models[decoder]
+    values = ("query_key_value", "c_attn", "v_proj")
+    m = next(m for m in tracked_maps(model, CurvatureSettings()) if m.name.endswith(values))
+    batch = only(make_sequences(3))
+    counted = counted_positions(model, batch)
+    assert counted is not None
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    capture(model, [m], batch, target_loss("causal_lm"), lambda _m, a, d: seen.append((a, d)))
+    a, d = seen[0]
+    outside = ~counted[..., 0]
+    assert (a[outside] == 0).all()
+    assert (d[outside] == 0).all()
+    assert d[:, 0].abs().amax(dim=(1, 2)).min() > 0  # prompt tokens receive gradient through attention
+
+
+def test_sampled_labels_follow_the_softmax() -> None:
+    logits = torch.log(torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64)).expand(1, 20_000, 3)
+    targets = torch.zeros(1, 20_000, dtype=torch.long)
+    targets[0, ::2] = IGNORED
+    drawn = draw_labels(logits, targets, torch.from_numpy(uniforms(["00000000000000ff"], 20_000, 1)))
+    assert (drawn[0, ::2] == IGNORED).all()
+    counts = torch.bincount(drawn[0, 1::2], minlength=3) / 10_000
+    torch.testing.assert_close(counts, torch.tensor([0.1, 0.2, 0.7]), atol=0.02, rtol=0)
+    edge = draw_labels(logits[:, :3], targets[:, 1:2].expand(1, 3), torch.tensor([[0.0, 0.0999, 1 - 2**-53]]).double())
+    assert edge.tolist() == [[0, 0, 2]]
+
+
+def test_uniforms_are_keyed_by_seed_fingerprint_and_position() -> None:
+    one = uniforms(["00000000000000ff", "ffffffffffffffff"], 50, 1)
+    assert np.array_equal(uniforms(["ffffffffffffffff"], 20, 1)[0], one[1, :20])
+    assert len(np.unique(np.concatenate([one.ravel(), uniforms(["00000000000000ff"], 50, 2).ravel()]))) == 150
+    assert ((one >= 0) & (one < 1)).all()
+
+
+def test_sampled_loss_is_repeatable() -> None:
+    model = make_model("gpt_neox")
+    batch = only(make_sequences(3))
+    outputs = forward(model, batch)
+    assert sampled_loss("causal_lm", 1)(outputs, batch) == sampled_loss("causal_lm", 1)(outputs, batch)
+    assert sampled_loss("causal_lm", 1)(outputs, batch) != sampled_loss("causal_lm", 2)(outputs, batch)
+
+
+def test_a_decoder_classifier_reads_its_last_real_token() -> None:
+    model = make_model("llama", task="classification")
+    sequences = make_sequences(3, task="classification")
+    model.config.pad_token_id = VOCAB - 1
+    together = forward(model, only(sequences)).logits
+    for row, i in zip(together, only(sequences).rows, strict=True):
+        torch.testing.assert_close(row, forward(model, only(sequences.take([i]))).logits[0])
+    model.config.pad_token_id = None
+    with pytest.raises(InputError, match="classifier without a padding token"):
+        forward(model, only(sequences))
+
+
+def test_a_map_called_twice_is_refused() -> None:
+    model = make_model("gpt_neox")
+    model.gpt_neox.layers[1].mlp = model.gpt_neox.layers[0].mlp
+    maps = tracked_maps(model, CurvatureSettings())
+    with pytest.raises(InputError, match=re.escape("gpt_neox.layers.0.mlp.dense_h_to_4h: called twice")):
+        query_gradients(model, maps, make_sequences(2), ROOMY, task="causal_lm")
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_tracked_tied_head_is_refused() -> None:
+    model = make_model("gpt2")
+    assert not any("lm_head" in m.name for m in tracked_maps(model, CurvatureSettings()))
+    with pytest.raises(InputError, match="lm_head: tied to the embedding"):
+        tracked_maps(model, CurvatureSettings(track_unembedding=True))
+
+
+def test_an_untied_head_is_tracked_on_request() -> None:
+    model = make_model("gpt_neox")
+    extra = {m.name for m in tracked_maps(model, CurvatureSettings(track_unembedding=True))}
+    extra -= {m.name for m in tracked_maps(model, CurvatureSettings())}
+    assert len(extra) == 1
+    assert model.get_submodule(extra.pop()) is model.get_output_embeddings()
+
+
+def test_an_unknown_fused_layout_is_refused() -> None:
+    model = make_model("gpt_neox")
+    model.config.model_type = "falcon"
+    with pytest.raises(InputError, match=r"not known for falcon.*qkv_split: none"):
+        tracked_maps(model, CurvatureSettings())
+    assert tracked_maps(model, CurvatureSettings(qkv_split="none"))
+
+
+def test_nothing_to_track_lists_the_maps() -> None:
+    with pytest.raises(InputError, match=r"matches none of the linear maps: \['gpt_neox"):
+        tracked_maps(make_model("gpt_neox"), CurvatureSettings(include="transformer"))
+
+
+def test_coverage() -> None:
+    model = make_model("gpt_neox")
+    tracked, total = coverage(model, tracked_maps(model, CurvatureSettings()))
+    assert tracked == sum(p.numel() for n, p in model.named_parameters() if "layers" in n and "norm" not in n)
+    assert total == sum(p.numel() for p in model.parameters())
+
+
+def test_a_checkpoint_without_a_head_is_refused(tmp_path: Any) -> None:
+    make_model("gpt2", dtype=torch.float32).save_pretrained(tmp_path)
+    assert load_model(str(tmp_path)).training is False
+    with pytest.raises(InputError, match=r"no weights for \['score.weight'\]"):
+        load_model(str(tmp_path), task="classification")
+
+
+def test_non_finite_gradients_are_found() -> None:
+    model = make_model("gpt_neox")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[3] = float("nan")
+    sequences = make_sequences(6, lengths=(6, 9))
+    for i, ids in enumerate(sequences.input_ids):
+        ids[ids == 3] = 4
+        if i == 2:
+            ids[1] = 3
+    maps = tracked_maps(model, CurvatureSettings())
+    flags = finite_sequences(model, maps, sequences, task="causal_lm", batch_tokens=ROOMY)
+    assert flags.tolist() == [True, True, False, True, True, True]
+    with pytest.raises(NonFiniteError, match="NaN or infinite gradients from document 'doc2'") as caught:
+        covariance_sums(model, maps, sequences, task="causal_lm", seed=0, batch_tokens=ROOMY)
+    assert caught.value.documents == ["doc2"]
