@@ -45,8 +45,12 @@ class LexicalIndex:
     def search(self, texts: Sequence[str], k: int) -> list[list[str]]:
         """The k best documents for each text, best first; documents that share no word are left out."""
         k = min(k, len(self.documents))
-        rows, scores = self._bm25.retrieve([words(text) or [""] for text in texts], k=k, show_progress=False)
-        return [
-            [self.documents[int(r)] for r, s in zip(row, score, strict=True) if s > 0]
-            for row, score in zip(rows, scores, strict=True)
-        ]
+        found: list[list[str]] = []
+        for text in texts:
+            known = [word for word in words(text) if word in self._bm25.vocab_dict]  # bm25s fails on others
+            if not known or k < 1:
+                found.append([])
+                continue
+            rows, scores = self._bm25.retrieve([known], k=k, show_progress=False)
+            found.append([self.documents[int(r)] for r, s in zip(rows[0], scores[0], strict=True) if s > 0])
+        return found
