@@ -1,15 +1,15 @@
 -- From which sources does the support of the newest run come? `lift` compares with the source's share of documents.
 WITH found AS (
-    SELECT source, count(*) AS n_ranked, sum(score) AS total_score, avg(score) AS mean_score
+    SELECT coalesce(source, '(none given)') AS source, count(*) AS n_ranked, sum(score) AS total_score, avg(score) AS mean_score
     FROM answers
     SEMI JOIN latest_run USING (run_id)
     WHERE side = 'proponent'
-    GROUP BY source
+    GROUP BY ALL
 ), corpus AS (
-    SELECT d.source, count(*) AS n_documents
+    SELECT coalesce(d.source, '(none given)') AS source, count(*) AS n_documents
     FROM documents AS d
     WHERE d.stage = (SELECT attributed_stage FROM runs SEMI JOIN latest_run USING (run_id))
-    GROUP BY d.source
+    GROUP BY ALL
 )
 SELECT
     source,

@@ -56,6 +56,10 @@ def test_values(workspace: Path) -> None:
     assert [row["rank"] for row in first] == [1, 2, 3, 4, 5, 6]
     assert all(row["text"] and row["source"] for row in top)
     assert catalog.query(workspace, "queries_with_little_support")["query_id"][0].as_py() == "q-002"
+    sources = catalog.query(workspace, "influence_by_source").to_pylist()
+    assert {row["source"]: row["n_documents"] for row in sources} == {
+        "shakespeare": 20, "wordnet": 20, "(none given)": 20,
+    }  # fmt: skip
     layers = catalog.query(workspace, "influence_by_layer").to_pylist()
     assert [row["layer"] for row in layers] == [0, 1, 2]
     total = catalog.query(workspace, "SELECT sum(score) AS s FROM influences WHERE side = 'proponent'")["s"][0].as_py()

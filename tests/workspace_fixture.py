@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from msif_core import storage
+from msif_core import corpus, storage
 from msif_core.answering import SCHEMAS
 
 MAPS = [
@@ -37,26 +37,26 @@ def write_corpus(root: Path, stage: str, n_documents: int, seed: int = 0) -> lis
     tokens = [rng.integers(0, 99, rng.integers(4, 40)).astype(np.int32) for _ in ids]
     folder = root / "corpus" / stage
     _write(folder / "shard-00000.parquet", pa.table({
-        "sequence_id": pa.array(range(n_documents), pa.int64()),
+        "sequence_id": list(range(n_documents)),
         "document_id": ids,
-        "window": pa.array([0] * n_documents, pa.int32()),
-        "input_ids": pa.array(tokens, pa.list_(pa.int32())),
-        "labels": pa.array([[-100, *t[1:]] for t in tokens], pa.list_(pa.int32())),
+        "window": [0] * n_documents,
+        "input_ids": tokens,
+        "labels": [[-100, *t[1:]] for t in tokens],
         "fingerprint": [storage.fingerprint(t.tolist()) for t in tokens],
-    }))  # fmt: skip
+    }, schema=corpus.SEQUENCES))  # fmt: skip
     _write(folder / "documents-00000.parquet", pa.table({
         "document_id": ids,
         "text": [" ".join(rng.choice(WORDS, len(t))) for t in tokens],
-        "source": ["wordnet" if i % 3 else "shakespeare" for i in range(n_documents)],
+        "source": [("shakespeare", "wordnet", None)[i % 3] for i in range(n_documents)],
         "metadata": [json.dumps({"license": "WN", "year": 1900 + i} if i % 3 else {}) for i, _ in enumerate(ids)],
-        "n_sequences": pa.array([1] * n_documents, pa.int32()),
-        "n_tokens": pa.array([len(t) for t in tokens], pa.int64()),
-        "shard": pa.array([0] * n_documents, pa.int32()),
+        "n_sequences": [1] * n_documents,
+        "n_tokens": [len(t) for t in tokens],
+        "shard": [0] * n_documents,
         "fingerprint": [storage.fingerprint(i) for i in ids],
-    }))  # fmt: skip
+    }, schema=corpus.DOCUMENTS))  # fmt: skip
     _write(
         folder / "quarantine-00000.parquet",
-        pa.table({"document_id": ["bad-1"], "reason": ["the text is empty"]}),
+        pa.table({"document_id": ["bad-1"], "reason": ["the text is empty"]}, schema=corpus.QUARANTINE),
     )
     shard = {"sequences": "shard-00000.parquet", "documents": "documents-00000.parquet"}
     shard |= {"n_sequences": n_documents, "n_documents": n_documents, "n_quarantined": 1}

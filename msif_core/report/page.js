@@ -1,4 +1,4 @@
-// Keyboard navigation, finding a query, opening everything for print. The page is whole without it.
+// Keyboard navigation and finding a query. The page is whole without it.
 (() => {
   const sections = [...document.querySelectorAll("section.query")];
   const find = document.getElementById("find");
@@ -59,10 +59,4 @@
       document.querySelector(`nav a[href="#${section.id}"]`).parentElement.hidden = !hit;
     });
   });
-  let opened = [];
-  window.addEventListener("beforeprint", () => {
-    opened = [...document.querySelectorAll("details:not([open])")];
-    opened.forEach((details) => (details.open = true));
-  });
-  window.addEventListener("afterprint", () => opened.forEach((details) => (details.open = false)));
 })();
