@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from workspace_fixture import MAPS, write_attribution, write_workspace
 
 from msif_core import catalog
 from msif_core.errors import InputError
+from tests.workspace_fixture import MAPS, write_attribution, write_workspace
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from workspace_fixture import MAPS, write_workspace
 
 from msif_core.attribution import Attribution, Heatmap
 from msif_core.errors import InputError
 from msif_core.report import charts
+from tests.workspace_fixture import MAPS, write_workspace
 
 
 @pytest.fixture(scope="module")
