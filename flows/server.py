@@ -14,8 +14,12 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+
 from msif_core import storage
 from msif_core.errors import InputError
+from tasks import ACCELERATOR
 
 START_TIMEOUT = 180.0
 TELEMETRY_OFF = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PREFECT_LOGGING_LEVEL": "WARNING"}
@@ -31,21 +35,20 @@ def server(workspace: Path, keep: bool = False) -> Iterator[str]:
     Raises:
         InputError: the server does not come up; names its log.
     """
-    os.environ.update({key: os.environ.get(key, value) for key, value in TELEMETRY_OFF.items()})
-    if url := os.environ.get("PREFECT_API_URL"):
+    for key, value in TELEMETRY_OFF.items():
+        os.environ.setdefault(key, value)
+    if url := PREFECT_API_URL.value():
         yield url
         return
     folder = workspace.resolve() / "server"
     record = folder / "server.json"
-    os.environ["PREFECT_HOME"] = str(folder)
     url, process = _running(record), None
     if url is None:
         url, process = _start(folder, record)
-    os.environ["PREFECT_API_URL"] = url
     try:
-        yield url
+        with temporary_settings({PREFECT_API_URL: url, PREFECT_HOME: folder}):
+            yield url
     finally:
-        del os.environ["PREFECT_API_URL"]
         if process is not None and not keep:
             _stop(process)
             record.unlink(missing_ok=True)
@@ -72,7 +75,7 @@ def _start(folder: Path, record: Path) -> tuple[str, subprocess.Popen[bytes]]:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, "PREFECT_API_URL": url},
+            env={**os.environ, "PREFECT_API_URL": url, "PREFECT_HOME": str(folder)},
         )
     deadline = time.monotonic() + START_TIMEOUT
     while not _healthy(url):
@@ -106,9 +109,5 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 def limit_accelerator(limit: int) -> None:
     """Create the server's concurrency limit for tasks that run a model, or set it anew."""
-    from prefect.client.orchestration import get_client
-
-    from tasks import ACCELERATOR
-
     with get_client(sync_client=True) as client:
         client.create_concurrency_limit(tag=ACCELERATOR, concurrency_limit=limit)

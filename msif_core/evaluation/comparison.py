@@ -92,7 +92,7 @@ def compare(pipeline: Pipeline, learning_rate: float, progress: Callable[[int, i
         "learning_rate": learning_rate,
         "methods": rows,
         "ranks": {
-            method: {query: row for query, row in zip(queries.ids, found, strict=True)}
+            method: dict(zip(queries.ids, found, strict=True))
             for method, found in ranks.items()
         },
     }

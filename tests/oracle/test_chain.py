@@ -1,0 +1,123 @@
+"""Filters, chain and score of every architecture against dense solves in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from msif_core import models, scoring
+from msif_core.chain import Chain, FilteredStage
+from msif_core.config import CurvatureSettings
+from msif_core.curvature import fit
+from msif_core.curvature.factors import Factors
+from msif_core.curvature.filters import Damped
+from tests.conftest import make_model, make_sequences, task_of
+from tests.oracle import dense
+
+
+def fit_factors(model, maps, folder, task, seed):
+    """Factors of a model on sequences of its own."""
+    options = {"task": task, "seed": seed, "batch_tokens": 64, "budget_gb": 1.0}
+    sequences = make_sequences(12, seed, task)
+    sums = fit.covariance_shard(model, maps, sequences, folder / "c.safetensors", **options)
+    fit.combine_covariances([sums], maps, folder)
+    sums = fit.eigenvalue_shard(model, maps, sequences, folder / "e.safetensors", folder=folder, **options)
+    fit.combine_eigenvalues([sums], maps, folder)
+    return Factors.open(folder)
+
+
+def dense_score(model, maps, stages, attributed, query, document, task, skip=None):
+    """The score from explicit matrices; `skip` leaves one stage's filter out."""
+    V = dense.gradients(model, maps, *query, task)
+    g = dense.gradients(stages[attributed][0], maps, *document, task)
+    total = 0.0
+    for m in maps:
+        v = V[m.name][None]
+        for k in range(len(stages) - 1, attributed - 1, -1):
+            if k == skip:
+                continue
+            solved, level = dense.damped_solve(dense.matrix(stages[k][1][m.name]), v, stages[k][2])
+            v = solved if k == attributed else level * solved
+        total += float((v[0] * g[m.name]).sum())
+    return total
+
+
+@pytest.mark.parametrize(
+    ("split", "depth", "attributed"),
+    [("none", 1, 0), ("projection", 2, 0), ("head", 2, 0), ("projection", 3, 0), ("head", 3, 1)],
+)
+def test_score_equals_dense_solves_and_needs_every_stage(architecture, split, depth, attributed, tmp_path):
+    task = task_of(architecture)
+    built = [make_model(architecture, seed) for seed in range(depth)]
+    maps = models.tracked_maps(built[0], CurvatureSettings(qkv_split=split))
+    stages = []
+    for k, model in enumerate(built):
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        stages.append((model, fit_factors(model, maps, folder, task, k), 0.1 * (k + 1)))
+    chain = Chain(tuple(FilteredStage(f, Damped(c)) for _, f, c in stages), attributed)
+    queries, documents = make_sequences(3, 100, task), make_sequences(4, 200, task)
+    raw = scoring.query_gradients(built[-1], maps, queries, 64, task=task)
+    filtered = {name: chain.filter(name, v) for name, v in raw.items()}
+    scores = scoring.score_sequences(built[attributed], maps, filtered, documents, 16, task=task)
+
+    def reference(skip=None):
+        return dense_score(
+            built[-1], maps, stages, attributed, (queries.input_ids[1], queries.labels[1]),
+            (documents.input_ids[2], documents.labels[2]), task, skip,
+        )  # fmt: skip
+
+    assert scores[1, 2] == pytest.approx(reference(), rel=1e-5)
+    for stage in range(attributed, depth):
+        assert scores[1, 2] != pytest.approx(reference(skip=stage), rel=1e-2)
+
+
+def test_gradients_equal_autograd_whatever_the_batch(architecture):
+    task = task_of(architecture)
+    model = make_model(architecture)
+    maps = models.tracked_maps(model, CurvatureSettings(qkv_split="head"))
+    sequences = make_sequences(6, task=task)
+    together = scoring.query_gradients(model, maps, sequences, 1000, task=task)
+    alone = scoring.query_gradients(model, maps, sequences, 1, task=task)
+    for row in range(len(sequences)):
+        expected = dense.gradients(model, maps, sequences.input_ids[row], sequences.labels[row], task)
+        for name, G in expected.items():
+            torch.testing.assert_close(together[name][row], G, rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(alone[name][row], G, rtol=1e-8, atol=1e-10)
+
+
+def test_contributions_add_up_to_the_exact_score(architecture):
+    task = task_of(architecture)
+    model = make_model(architecture)
+    maps = models.tracked_maps(model, CurvatureSettings())
+    V = {m.name: torch.randn(1, *m.shape, dtype=torch.float64) for m in maps}
+    sequences = make_sequences(5, task=task)
+    exact = scoring.score_sequences(model, maps, V, sequences, 64, task=task)[0]
+    by_map, by_token = scoring.contributions(model, maps, V, sequences, 64, task=task)
+    np.testing.assert_allclose([sum(row.values()) for row in by_map], exact, rtol=1e-5)
+    np.testing.assert_allclose([row.sum() for row in by_token], exact, rtol=1e-4)
+
+
+def test_a_new_head_drops_out_and_is_no_error(tmp_path):
+    """A tracked head whose rows differ between stages has no parent: its part of the score is zero."""
+    model, other = make_model("gpt_neox", 0), make_model("gpt_neox", 1)
+    other.resize_token_embeddings(17)
+    settings = CurvatureSettings(track_unembedding=True)
+    factors = []
+    for k, stage in enumerate((model, other)):
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        factors.append(fit_factors(stage, models.tracked_maps(stage, settings), folder, "causal_lm", k))
+    chain = Chain(tuple(FilteredStage(f, Damped(0.1)) for f in factors))
+    maps = models.tracked_maps(other, settings)
+    filtered = {m.name: chain.filter(m.name, torch.randn(1, *m.shape, dtype=torch.float64)) for m in maps}
+    assert [name for name, v in filtered.items() if v is None] == ["lm_head"]
+
+
+def test_bf16_scores_stay_within_its_tolerance():
+    exact, coarse = make_model("gpt_neox", dtype=torch.float32), make_model("gpt_neox", dtype=torch.bfloat16)
+    maps = models.tracked_maps(exact, CurvatureSettings())
+    V = {m.name: torch.randn(2, *m.shape) for m in maps}
+    sequences = make_sequences(40)
+    a = scoring.score_sequences(exact, maps, V, sequences, 64, task="causal_lm")
+    b = scoring.score_sequences(coarse, maps, V, sequences, 64, task="causal_lm")
+    assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.999
