@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from msif_core import records, storage
-from msif_core.batching import IGNORED, Sequences, sequence_fingerprint
+from msif_core.batching import Sequences, sequence_fingerprint
 from msif_core.config import CorpusSettings, Documents
+from msif_core.encoding import encode, tokenizer_fingerprint
 from msif_core.errors import InputError
 
 SHARD_BITS = 40
 """A sequence id is shard << 40 | row."""
 
-RAW = pa.schema([("record", pa.string())])
+SIZED_BY = 256
+"""The first so many records tell how many windows a record has."""
+
+HELD_BYTES = 1 << 26
+"""Bytes of records held while they are dealt out to shards."""
+
 SEQUENCES = pa.schema([
     ("sequence_id", pa.int64()), ("document_id", pa.string()), ("window", pa.int32()),
     ("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("fingerprint", pa.string()),
@@ -61,33 +68,6 @@ class Queries:
         )  # fmt: skip
 
 
-def encode(record: records.Record, tokenizer: Any, max_length: int, task: str) -> list[tuple[list[int], list[int]]]:
-    """A record as windows of (input_ids, labels), labels aligned with input_ids.
-
-    Text is cut into windows of `max_length`; a prompt with its completion is one window, the prompt's
-    beginning cut away where both do not fit, with the loss on the completion and its end token.
-
-    Raises:
-        InputError: the record needs a tokenizer and the stage has none.
-    """
-    if "input_ids" in record:
-        return [(list(record["input_ids"]), list(record.get("labels") or record["input_ids"]))]
-    if tokenizer is None:
-        raise InputError(f"record {record['id']!r} is text, but the stage's model has no tokenizer; give input_ids")
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    if "prompt" in record:
-        prompt = tokenizer(record["prompt"], add_special_tokens=False)["input_ids"]
-        completion = (tokenizer(record["completion"], add_special_tokens=False)["input_ids"] + end)[: max_length - 1]
-        prompt = prompt[max(0, len(prompt) + len(completion) - max_length) :]
-        return [(prompt + completion, [IGNORED] * len(prompt) + completion)]
-    if task == "classification":
-        ids = tokenizer(record["text"], truncation=True, max_length=max_length)["input_ids"]
-        return [(ids, [int(record["label"])] + [IGNORED] * (len(ids) - 1))]
-    ids = tokenizer(record["text"], add_special_tokens=False)["input_ids"] + end
-    windows = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
-    return [(window, list(window)) for window in windows if len(window) > 1]
-
-
 def tokenize(
     documents: Documents,
     folder: Path,
@@ -97,27 +77,37 @@ def tokenize(
     settings: CorpusSettings,
     task: str,
 ) -> Path:
-    """Write `documents` as shards below `folder`; returns the manifest's path. Nothing is done twice."""
-    tokens = storage.fingerprint(tokenizer.backend_tokenizer.to_str()) if tokenizer is not None else None
-    key = storage.fingerprint(records.source_fingerprint(documents), settings.model_dump(), max_length, task, tokens)
+    """Write `documents` as shards below `folder`; returns the manifest's path.
+
+    The source is streamed once. A shard whose documents are as before is not encoded again, one whose file is
+    damaged or lost is.
+    """
+    recipe = storage.fingerprint(max_length, task, tokenizer_fingerprint(tokenizer))
+    key = storage.fingerprint(records.source_fingerprint(documents), settings.model_dump(), recipe)
     path = folder / "manifest.json"
     previous = storage.read_json(path) if path.exists() else None
-    if (
-        previous is not None
-        and previous["key"] == key
-        and all((folder / s["sequences"]).exists() for s in previous["shards"])
-    ):
+    if previous is not None and previous["key"] == key and all(_is_whole(folder, s) for s in previous["shards"]):
         return path
     skipped = records.Skipped()
-    found = partition(documents, folder / "raw", settings, skipped, previous)
-    shards = [tokenize_shard(raw, folder, n, tokenizer, max_length, task) for n, raw in enumerate(found)]
+
+    def windows(record: records.Record) -> int:
+        return len(encode(record, tokenizer, max_length, task))
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".tmp-raw-", dir=folder) as raw:
+        found = partition(documents, Path(raw), settings, skipped, previous, windows)
+        shards = [tokenize_shard(part, folder, n, tokenizer, max_length, task, recipe) for n, part in enumerate(found)]
+    if not any(shard["n_sequences"] for shard in shards):
+        raise InputError(f"{documents}: no document in it has a token to predict")
     storage.write_json(
         path,
         {
             "key": key,
             "fingerprint": storage.fingerprint([shard["digest"] for shard in shards]),
             "max_length": max_length,
+            "settings": settings.model_dump(),
             "shards": shards,
+            "quarantined": sum(shard["n_quarantined"] for shard in shards),
             "skipped": {"count": skipped.count, "first": skipped.first},
         },
     )
@@ -130,23 +120,82 @@ def partition(
     settings: CorpusSettings,
     skipped: records.Skipped,
     previous: dict[str, Any] | None,
+    windows: Callable[[records.Record], int],
 ) -> list[Path]:
-    """Stream the records into one raw file a shard; a rebuild keeps the number of shards."""  # fmt: skip
-    found = list(records.read_records(documents, skipped, settings.skip_bad_records))
-    if not found:
+    """Stream the records into one raw file a shard; a rebuild keeps the number of shards.
+
+    Two passes over disk and never a corpus in memory: the number of shards follows from the number of records
+    and the windows of the first `SIZED_BY` of them.
+
+    Raises:
+        InputError: there is no record.
+    """
+    spool, count, sized = folder / "spool", 0, 0
+    with open(spool, "wb") as handle:
+        for record in _readable(documents, records.read_records(documents, skipped, settings.skip_bad_records)):
+            try:
+                line = _json(record).encode()
+            except UnicodeEncodeError:
+                message = f"{documents}, record {record['id']!a}: a lone surrogate is no text; re-encode it"
+                skipped.add(message, settings.skip_bad_records)
+                continue
+            if count < SIZED_BY:
+                sized += windows(record)
+            count += 1
+            name = str(record["id"]).encode()
+            handle.write(hashlib.sha256(name).digest()[:8] + len(line).to_bytes(8, "big") + line)
+    if not count:
         raise InputError(f"{documents}: no document in it")
-    wanted = math.ceil(len(found) / settings.shard_sequences)
+    wanted = math.ceil(max(1, count * sized / min(count, SIZED_BY)) / settings.shard_sequences)
     kept = len(previous["shards"]) if previous else wanted
-    count = kept if wanted / 2 <= kept <= wanted * 2 else wanted
-    buckets: list[list[str]] = [[] for _ in range(count)]
-    for record in sorted(found, key=lambda r: str(r["id"])):
-        buckets[shard_of(record["id"], count)].append(json.dumps(record, sort_keys=True, ensure_ascii=False))
-    paths = []
-    for number, bucket in enumerate(buckets):
-        path = folder / f"raw-{number:05d}.parquet"
-        _write(path, {"record": bucket}, RAW)
-        paths.append(path)
+    shards = kept if wanted / 2 <= kept <= wanted * 2 else wanted
+    paths = [folder / f"raw-{number:05d}" for number in range(shards)]
+    for path in paths:
+        path.touch()
+    held: dict[Path, list[bytes]] = {}
+    size = 0
+    with open(spool, "rb") as handle:
+        while head := handle.read(16):
+            line = handle.read(int.from_bytes(head[8:], "big"))
+            held.setdefault(paths[int.from_bytes(head[:8], "big") % shards], []).append(line + b"\n")
+            size += len(line)
+            if size > HELD_BYTES:
+                _append_lines(held)
+                size = 0
+    _append_lines(held)
+    spool.unlink()
     return paths
+
+
+def _readable(documents: Documents, found: Iterator[records.Record]) -> Iterator[records.Record]:
+    """The records; damage met in the middle of a file is an error of the source."""
+    try:
+        yield from found
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{documents}: cannot be read ({error}); write the damaged file again") from None
+
+
+def _append_lines(held: dict[Path, list[bytes]]) -> None:
+    for path, lines in held.items():
+        with open(path, "ab") as handle:
+            handle.writelines(lines)
+    held.clear()
+
+
+def _json(value: Any) -> str:
+    """Canonical JSON; dates and the like as text, NaN and infinities as null."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, float):
+            return part if math.isfinite(part) else None
+        if isinstance(part, dict):
+            return {str(key): finite(item) for key, item in part.items()}
+        return [finite(item) for item in part] if isinstance(part, list | tuple) else part
+
+    try:
+        return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str, allow_nan=False)
+    except (ValueError, TypeError):
+        return json.dumps(finite(value), sort_keys=True, ensure_ascii=False, default=str)
 
 
 def shard_of(document_id: str, shards: int) -> int:
@@ -154,42 +203,59 @@ def shard_of(document_id: str, shards: int) -> int:
     return int.from_bytes(hashlib.sha256(document_id.encode()).digest()[:8], "big") % shards
 
 
-def tokenize_shard(raw: Path, folder: Path, number: int, tokenizer: Any, max_length: int, task: str) -> dict[str, Any]:
-    """Encode one shard's documents; returns its entry in the manifest."""
+def tokenize_shard(
+    raw: Path, folder: Path, number: int, tokenizer: Any, max_length: int, task: str, recipe: str
+) -> dict[str, Any]:
+    """Encode one shard's documents, unless its files stand whole; returns its entry in the manifest.
+
+    Documents go by id, so that the order of the source does not matter.
+    """
+    lines = sorted(raw.read_text(encoding="utf-8").split("\n")[:-1], key=lambda line: str(json.loads(line)["id"]))
+    made_from = storage.fingerprint(recipe, number, lines)
+    receipt = folder / f"shard-{number:05d}.json"
+    if receipt.exists():
+        known = storage.read_json(receipt)
+        if known["made_from"] == made_from and _is_whole(folder, known["entry"], known["others"]):
+            return dict(known["entry"])
     rows: dict[str, list[Any]] = {name: [] for name in SEQUENCES.names}
     docs: dict[str, list[Any]] = {name: [] for name in DOCUMENTS.names}
     bad: dict[str, list[Any]] = {name: [] for name in QUARANTINE.names}
-    for line in pq.read_table(raw)["record"].to_pylist():
+    for line in lines:
         record = json.loads(line)
         windows = encode(record, tokenizer, max_length, task)
         if not windows:
-            _append(bad, (record["id"], "no token has a target: the text is a single token"))
+            _append(bad, (record["id"], "no token has a target: one token at most, or no label"))
         for window, (ids, labels) in enumerate(windows):
             row = (number << SHARD_BITS) | len(rows["window"])
             _append(rows, (row, record["id"], window, ids, labels, sequence_fingerprint(ids, labels)))
-        metadata = json.dumps(records.metadata_of(record), sort_keys=True, ensure_ascii=False)
+        source, metadata = record.get("source"), _json(records.metadata_of(record))
+        source = source if source is None or isinstance(source, str) else _json(source)
         tokens = sum(len(ids) for ids, _ in windows)
         digest = hashlib.sha256(line.encode()).hexdigest()[:16]
-        values = (
-            record["id"],
-            records.text_of(record),
-            record.get("source"),
-            metadata,
-            len(windows),
-            tokens,
-            number,
-            digest,
-        )
-        _append(docs, values)
+        text = records.text_of(record)
+        _append(docs, (record["id"], text, source, metadata, len(windows), tokens, number, digest))
     names = {kind: f"{kind}-{number:05d}.parquet" for kind in ("shard", "documents", "quarantine")}
     _write(folder / names["shard"], rows, SEQUENCES)
     _write(folder / names["documents"], docs, DOCUMENTS)
     _write(folder / names["quarantine"], bad, QUARANTINE)
-    return {
+    entry = {
         "sequences": names["shard"], "documents": names["documents"], "quarantine": names["quarantine"],
         "n_sequences": len(rows["window"]), "n_documents": len(docs["text"]), "n_quarantined": len(bad["reason"]),
         "digest": storage.file_digest(folder / names["shard"]),
     }  # fmt: skip
+    others = {kind: storage.file_digest(folder / names[kind]) for kind in ("documents", "quarantine")}
+    storage.write_json(receipt, {"made_from": made_from, "entry": entry, "others": others})
+    return entry
+
+
+def _is_whole(folder: Path, entry: dict[str, Any], others: dict[str, str] | None = None) -> bool:
+    """Whether the files of a shard stand with the bytes that were written."""
+    if others is None:
+        receipt = (folder / entry["sequences"]).with_suffix(".json")
+        others = storage.read_json(receipt)["others"] if receipt.exists() else {}
+    wanted = {entry["sequences"]: entry["digest"]} | {entry[kind]: digest for kind, digest in others.items()}
+    files = [entry[kind] for kind in ("sequences", "documents", "quarantine")]
+    return all((folder / f).exists() and storage.file_digest(folder / f) == wanted.get(f) for f in files)
 
 
 def _append(columns: dict[str, list[Any]], values: Sequence[Any]) -> None:
@@ -312,10 +378,12 @@ def load_queries(source: Path | Sequence[records.Record], tokenizer: Any, max_le
     if not found:
         raise InputError(f"{source}: no query in it")
     sequences, rows = encode_list(found, tokenizer, max_length, task)
-    if len(sequences) != len(found):
-        counts = np.bincount(rows, minlength=len(found))
-        first = found[int(np.flatnonzero(counts != 1)[0])]["id"]
-        raise InputError(f"query {first!r} does not fit one window of {max_length} tokens; shorten it")
+    counts = np.bincount(rows, minlength=len(found))
+    for record, count in zip(found, counts, strict=True):
+        if count == 0:
+            raise InputError(f"query {record['id']!r} has no token whose loss could be explained; give it more text")
+        if count > 1:
+            raise InputError(f"query {record['id']!r} does not fit one window of {max_length} tokens; shorten it")
     prompts = [str(r.get("prompt", "")) for r in found]
     completions = [str(r.get("completion", r.get("text", ""))) for r in found]
     return Queries(

@@ -1,0 +1,359 @@
+"""Documents to shards: windows, labels, determinism, reuse, and a message for each kind of bad input."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from msif_core import corpus, encoding, storage
+from msif_core.batching import IGNORED
+from msif_core.config import CorpusSettings, HubDataset
+from msif_core.errors import InputError
+
+END = 0
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """Words to numbers: `w7` is token 7, the end token 0."""
+    vocabulary = {"<end>": END} | {f"w{i}": i for i in range(1, 50)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
+
+
+def words(count: int, start: int = 1) -> str:
+    return " ".join(f"w{1 + (start + i) % 49}" for i in range(count))
+
+
+def write_jsonl(path: Path, records: list[Any]) -> str:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records), encoding="utf-8")
+    return str(path)
+
+
+def build(documents: Any, folder: Path, tokenizer: Any, **options: Any) -> dict[str, Any]:
+    task, length = options.pop("task", "causal_lm"), options.pop("max_length", 8)
+    settings = CorpusSettings(**options)
+    path = corpus.tokenize(documents, folder, tokenizer=tokenizer, max_length=length, settings=settings, task=task)
+    return dict(storage.read_json(path))
+
+
+def read_all(folder: Path) -> dict[str, list[list[int]]]:
+    found: dict[str, list[list[int]]] = {}
+    for path in sorted(folder.glob("shard-*.parquet")):
+        shard = corpus.read_shard(path)
+        for name, ids in zip(shard.document_ids, shard.input_ids, strict=True):
+            found.setdefault(name, []).append(ids.tolist())
+    return found
+
+
+# -- windows and labels -------------------------------------------------------------------------------
+
+
+def test_text_is_cut_into_windows_that_keep_document_boundaries(tokenizer: Any):
+    windows = encoding.encode({"id": "a", "text": words(10)}, tokenizer, 4, "causal_lm")
+    assert [len(ids) for ids, _ in windows] == [4, 4, 3]
+    assert windows[-1][0][-1] == END
+    assert all(ids == labels for ids, labels in windows)
+
+
+def test_a_last_window_without_a_target_is_left_out(tokenizer: Any):
+    windows = encoding.encode({"id": "a", "text": words(4)}, tokenizer, 4, "causal_lm")
+    assert [len(ids) for ids, _ in windows] == [4]
+
+
+def test_the_loss_is_on_the_completion_and_its_end(tokenizer: Any):
+    [(ids, labels)] = encoding.encode({"id": "a", "prompt": "w1 w2", "completion": "w3"}, tokenizer, 8, "causal_lm")
+    assert ids == [1, 2, 3, END]
+    assert labels == [IGNORED, IGNORED, 3, END]
+
+
+@pytest.mark.parametrize(("prompt", "completion"), [(20, 3), (3, 20), (20, 20), (0, 5)])
+def test_a_long_prompt_loses_its_beginning_never_the_completion_s(tokenizer: Any, prompt: int, completion: int):
+    record = {"id": "a", "prompt": words(prompt), "completion": words(completion, 30)}
+    [(ids, labels)] = encoding.encode(record, tokenizer, 8, "causal_lm")
+    assert len(ids) == len(labels) <= 8
+    targets = [label for label in labels if label != IGNORED]
+    assert targets == tokenizer(record["completion"])["input_ids"][:7] + ([END] if completion < 7 else [])
+    assert labels[0] == IGNORED or not prompt
+
+
+def test_given_tokens_need_no_tokenizer_and_are_cut_too():
+    record = {"id": "a", "input_ids": list(range(1, 8)), "labels": [-100, -100, 3, 4, 5, -100, -100]}
+    windows = encoding.encode(record, None, 3, "causal_lm")
+    assert windows == [([1, 2, 3], [-100, -100, 3]), ([4, 5, 6], [4, 5, -100])]
+    with pytest.raises(InputError, match="'b' is text, but the stage's model has no tokenizer; give input_ids"):
+        encoding.encode({"id": "b", "text": "w1"}, None, 3, "causal_lm")
+
+
+def test_classification_puts_its_label_first(tokenizer: Any):
+    [(ids, labels)] = encoding.encode({"id": "a", "text": words(9), "label": 2}, tokenizer, 4, "classification")
+    assert len(ids) == 4
+    assert labels == [2, IGNORED, IGNORED, IGNORED]
+
+
+@pytest.mark.parametrize("label", [None, "good", True, -1, 1.5])
+def test_classification_without_a_usable_label_is_an_input_error(tokenizer: Any, label: Any):
+    with pytest.raises(InputError, match="record 'a': a stage with task classification needs `text` and an integer"):
+        encoding.encode({"id": "a", "text": "w1", "label": label}, tokenizer, 4, "classification")
+
+
+# -- shards -------------------------------------------------------------------------------------------
+
+
+def documents(count: int, length: int = 6) -> list[dict[str, Any]]:
+    return [{"id": f"d{i}", "text": words(length, i), "source": "s", "year": 1900 + i} for i in range(count)]
+
+
+def test_shards_hold_the_contract_s_columns(tmp_path: Path, tokenizer: Any):
+    manifest = build(write_jsonl(tmp_path / "a.jsonl", documents(40)), tmp_path / "c", tokenizer, shard_sequences=10)
+    assert len(manifest["shards"]) == 4
+    assert sum(s["n_sequences"] for s in manifest["shards"]) == 40
+    for number, entry in enumerate(manifest["shards"]):
+        table = pq.read_table(tmp_path / "c" / entry["sequences"])
+        assert table.schema.equals(corpus.SEQUENCES)
+        assert table["sequence_id"].to_pylist() == [number << 40 | row for row in range(len(table))]
+        assert {corpus.shard_of(name, 4) for name in table["document_id"].to_pylist()} == {number}
+    docs = corpus.read_documents(tmp_path / "c")
+    assert docs.schema.equals(corpus.DOCUMENTS)
+    row = docs.to_pylist()[0]
+    assert json.loads(row["metadata"]) == {"year": 1900 + int(row["document_id"][1:])}
+    assert row["n_tokens"] == 7
+
+
+def test_shard_count_follows_windows_not_documents(tmp_path: Path, tokenizer: Any):
+    path = write_jsonl(tmp_path / "a.jsonl", documents(20, 31))  # 4 windows each
+    assert len(build(path, tmp_path / "c", tokenizer, shard_sequences=20)["shards"]) == 4
+
+
+def test_the_order_of_the_source_does_not_matter(tmp_path: Path, tokenizer: Any):
+    found = documents(30)
+    one = build(write_jsonl(tmp_path / "a.jsonl", found), tmp_path / "a", tokenizer, shard_sequences=8)
+    two = build(write_jsonl(tmp_path / "b.jsonl", found[::-1]), tmp_path / "b", tokenizer, shard_sequences=8)
+    assert one["fingerprint"] == two["fingerprint"]
+
+
+def test_records_are_dealt_out_in_small_portions_too(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
+    path = write_jsonl(tmp_path / "a.jsonl", documents(30))
+    one = build(path, tmp_path / "a", tokenizer, shard_sequences=8)
+    monkeypatch.setattr(corpus, "HELD_BYTES", 100)
+    assert build(path, tmp_path / "b", tokenizer, shard_sequences=8)["fingerprint"] == one["fingerprint"]
+
+
+def test_jsonl_parquet_and_datasets_give_the_same_shards(tmp_path: Path, tokenizer: Any):
+    found = documents(12)
+    (tmp_path / "hub").mkdir()
+    sources = [
+        write_jsonl(tmp_path / "a.jsonl", found),
+        str(tmp_path / "a.parquet"),
+        HubDataset(dataset=str(tmp_path / "hub"), id="id"),
+    ]
+    pq.write_table(pa.Table.from_pylist(found), sources[1])
+    write_jsonl(tmp_path / "hub" / "train.jsonl", found)
+    built = [build(source, tmp_path / f"c{i}", tokenizer) for i, source in enumerate(sources)]
+    assert len({manifest["fingerprint"] for manifest in built}) == 1
+
+
+def encodings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ids of the documents that shards encode from now on."""
+    seen: list[str] = []
+    original = corpus.tokenize_shard
+
+    def counted(raw: Path, folder: Path, number: int, *rest: Any) -> Any:
+        before = (
+            (folder / f"shard-{number:05d}.parquet").stat().st_mtime_ns
+            if folder.joinpath(f"shard-{number:05d}.parquet").exists()
+            else 0
+        )
+        entry = original(raw, folder, number, *rest)
+        if (folder / entry["sequences"]).stat().st_mtime_ns != before:
+            seen.append(entry["sequences"])
+        return entry
+
+    monkeypatch.setattr(corpus, "tokenize_shard", counted)
+    return seen
+
+
+def test_a_second_run_does_nothing(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
+    path = write_jsonl(tmp_path / "a.jsonl", documents(12))
+    first = build(path, tmp_path / "c", tokenizer)
+    monkeypatch.setattr(corpus, "partition", None)
+    assert build(path, tmp_path / "c", tokenizer) == first
+
+
+def test_the_tokenizer_s_last_call_does_not_make_it_another(tmp_path: Path, tokenizer: Any):
+    before = encoding.tokenizer_fingerprint(tokenizer)
+    tokenizer("w1 w2 w3", truncation=True, max_length=2)
+    assert encoding.tokenizer_fingerprint(tokenizer) == before
+
+
+def test_a_changed_document_changes_its_shard_alone(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
+    found = documents(40)
+    first = build(write_jsonl(tmp_path / "a.jsonl", found), tmp_path / "c", tokenizer, shard_sequences=10)
+    found[3] = {**found[3], "text": words(5, 17)}
+    seen = encodings(monkeypatch)
+    second = build(write_jsonl(tmp_path / "a.jsonl", found), tmp_path / "c", tokenizer, shard_sequences=10)
+    assert seen == [f"shard-{corpus.shard_of('d3', 4):05d}.parquet"]
+    changed = [a["digest"] != b["digest"] for a, b in zip(first["shards"], second["shards"], strict=True)]
+    assert sum(changed) == 1
+
+
+def test_a_growing_corpus_keeps_its_number_of_shards(tmp_path: Path, tokenizer: Any):
+    build(write_jsonl(tmp_path / "a.jsonl", documents(40)), tmp_path / "c", tokenizer, shard_sequences=10)
+    grown = build(write_jsonl(tmp_path / "a.jsonl", documents(60)), tmp_path / "c", tokenizer, shard_sequences=10)
+    assert len(grown["shards"]) == 4
+    assert len(read_all(tmp_path / "c")) == 60
+
+
+@pytest.mark.parametrize("name", ["shard-00001.parquet", "documents-00000.parquet"])
+def test_a_damaged_shard_is_made_anew(tmp_path: Path, tokenizer: Any, name: str):
+    path = write_jsonl(tmp_path / "a.jsonl", documents(20))
+    first = build(path, tmp_path / "c", tokenizer, shard_sequences=10)
+    damaged = tmp_path / "c" / name
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    with pytest.raises(InputError, match=f"{name}: damaged"):
+        corpus.read_table(damaged)
+    assert build(path, tmp_path / "c", tokenizer, shard_sequences=10) == first
+    assert len(read_all(tmp_path / "c")) == 20
+
+
+def test_nothing_temporary_stays_behind_after_an_error(tmp_path: Path, tokenizer: Any):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"id": "a", "text": "w1 w2"}, "{"])
+    with pytest.raises(InputError):
+        build(path, tmp_path / "c", tokenizer)
+    assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_a_document_without_a_target_is_quarantined(tmp_path: Path, tokenizer: Any):
+    records = [{"id": "a", "text": "w1 w2"}, {"id": "b", "input_ids": [4, 5], "labels": [4, -100]}]
+    manifest = build(write_jsonl(tmp_path / "a.jsonl", records), tmp_path / "c", tokenizer)
+    assert manifest["quarantined"] == 1
+    table = corpus.read_table(tmp_path / "c" / "quarantine-00000.parquet")
+    assert table["document_id"].to_pylist() == ["b"]
+    assert sorted(read_all(tmp_path / "c")) == ["a"]
+
+
+def test_odd_metadata_is_kept_as_json(tmp_path: Path, tokenizer: Any):
+    records = [{"id": "a", "text": "w1 w2", "when": np.datetime64("2020-01-02", "D").item(), "x": float("nan")}]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+    build(str(tmp_path / "a.parquet"), tmp_path / "c", tokenizer)
+    metadata = corpus.read_documents(tmp_path / "c")["metadata"][0].as_py()
+    assert json.loads(metadata) == {"when": "2020-01-02", "x": None}
+
+
+# -- looking things up --------------------------------------------------------------------------------
+
+
+def test_sequences_and_documents_find_each_other(tmp_path: Path, tokenizer: Any):
+    folder = tmp_path / "c"
+    build(write_jsonl(tmp_path / "a.jsonl", documents(20, 14)), folder, tokenizer, shard_sequences=10)
+    found = corpus.sequences_of_documents(folder, ["d7", "d2"])
+    assert len(found) == 4
+    assert set(found.document_ids) == {"d2", "d7"}
+    ids = np.concatenate([[-1], found.sequence_ids])
+    assert corpus.documents_of_sequences(folder, ids) == list(dict.fromkeys(found.document_ids))
+    assert corpus.document_texts(folder, ["d7"]) == {"d7": words(14, 7)}
+    sample = corpus.sample_documents(folder, 5)
+    assert len(set(sample)) == 5
+    assert sample == corpus.sample_documents(folder, 8)[:5]
+
+
+def test_read_shard_gives_aligned_arrays(tmp_path: Path, tokenizer: Any):
+    build(write_jsonl(tmp_path / "a.jsonl", documents(3)), tmp_path / "c", tokenizer)
+    shard = corpus.read_shard(tmp_path / "c" / "shard-00000.parquet")
+    assert len(shard) == 3
+    assert shard.sequence_ids.dtype == np.int64
+    assert all(
+        ids.dtype == np.int32 and len(ids) == len(t) for ids, t in zip(shard.input_ids, shard.labels, strict=True)
+    )
+
+
+# -- queries ------------------------------------------------------------------------------------------
+
+
+def test_queries_keep_their_order_and_metadata(tmp_path: Path, tokenizer: Any):
+    records = [{"id": "q2", "prompt": "w1", "completion": "w2", "set": "x"}, {"id": "q1", "text": "w3 w4"}]
+    queries = corpus.load_queries(Path(write_jsonl(tmp_path / "q.jsonl", records)), tokenizer, 8, "causal_lm")
+    assert (queries.ids, queries.prompts, queries.completions) == (["q2", "q1"], ["w1", ""], ["w2", "w3 w4"])
+    assert queries.metadata == [{"set": "x"}, {}]
+    assert queries.take(np.array([1])).ids == ["q1"]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"id": "q", "text": words(20)}, "query 'q' does not fit one window of 8 tokens; shorten it"),
+        ({"id": "q", "input_ids": [3]}, "query 'q' has no token whose loss could be explained; give it more text"),
+    ],
+)
+def test_a_query_is_one_window_with_a_target(tokenizer: Any, record: dict[str, Any], message: str):
+    with pytest.raises(InputError, match=message):
+        corpus.load_queries([record], tokenizer, 8, "causal_lm")
+
+
+# -- bad input ----------------------------------------------------------------------------------------
+
+GOOD = {"id": "good", "text": "w1 w2 w3"}
+BAD = {
+    '{"id": "a", "text": ': r"bad.jsonl:2: not valid JSON .*; mend the line or set corpus.skip_bad_records",
+    "[1, 2]": r"bad.jsonl:2: not a JSON object; write one \{...\} a line",
+    '{"text": "w1"}': r"bad.jsonl:2: no id; give each record a string `id`",
+    '{"id": "a"}': r"bad.jsonl:2: neither text, nor prompt and completion, nor input_ids; give one of them",
+    '{"id": "a", "text": " "}': r"bad.jsonl:2: empty text; remove the record",
+    '{"id": "a", "prompt": "w1"}': r"bad.jsonl:2: prompt without a completion; give both as text",
+    '{"id": "a", "input_ids": [1, 2], "labels": [1]}': r"bad.jsonl:2: input_ids and labels must have the same length",
+    '{"id": "good", "text": "w9"}': r"bad.jsonl:2: id 'good' stands already at .*bad.jsonl:1; ids must differ",
+    '{"id": "a", "text": "w1 \\ud800"}': r"bad.jsonl.*, record 'a': a lone surrogate is no text; re-encode it",
+}
+
+
+@pytest.mark.parametrize(("line", "message"), BAD.items())
+def test_bad_records_stop_with_file_line_and_mend_or_are_counted(
+    tmp_path: Path, tokenizer: Any, line: str, message: str
+):
+    path = write_jsonl(tmp_path / "bad.jsonl", [GOOD, line])
+    with pytest.raises(InputError, match=message):
+        build(path, tmp_path / "c", tokenizer)
+    manifest = build(path, tmp_path / "c", tokenizer, skip_bad_records=True)
+    assert manifest["skipped"]["count"] == 1
+    assert sorted(read_all(tmp_path / "c")) == ["good"]
+
+
+def test_invalid_utf8_names_the_line(tmp_path: Path, tokenizer: Any):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b'\n{"id": "a", "text": "\xff\xfe"}\n')
+    with pytest.raises(InputError, match=r"bad.jsonl:2: not UTF-8 \(.*\); re-encode the file"):
+        build(str(path), tmp_path / "c", tokenizer)
+
+
+def test_a_glob_that_matches_nothing(tmp_path: Path, tokenizer: Any):
+    with pytest.raises(InputError, match=r"none-\*.jsonl: no file matches"):
+        build(str(tmp_path / "none-*.jsonl"), tmp_path / "c", tokenizer)
+
+
+def test_an_empty_source(tmp_path: Path, tokenizer: Any):
+    with pytest.raises(InputError, match="no document in it"):
+        build(write_jsonl(tmp_path / "a.jsonl", []), tmp_path / "c", tokenizer)
+
+
+def test_a_corrupt_parquet_source_is_named(tmp_path: Path, tokenizer: Any):
+    path = tmp_path / "bad.parquet"
+    path.write_bytes(b"PAR1 not really")
+    with pytest.raises(InputError, match=r"bad.parquet: not a readable Parquet file"):
+        build(str(path), tmp_path / "c", tokenizer)
+
+
+def test_a_parquet_source_damaged_in_its_middle_is_named(tmp_path: Path, tokenizer: Any):
+    path = tmp_path / "bad.parquet"
+    pq.write_table(pa.Table.from_pylist(documents(500)), path, compression="zstd")
+    damaged = bytearray(path.read_bytes())
+    damaged[100:1000] = b"\x55" * 900
+    path.write_bytes(damaged)
+    with pytest.raises(InputError, match=r"bad.parquet: cannot be read \(.*\); write the damaged file again"):
+        build(str(path), tmp_path / "c", tokenizer)
