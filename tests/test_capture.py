@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, make_model, make_sequences, task_of
 from transformers.pytorch_utils import Conv1D
 
 from msif_core.batching import IGNORED, Batch, Sequences, batches
@@ -19,6 +18,7 @@ from msif_core.errors import InputError
 from msif_core.losses import draw_labels, sampled_loss, target_loss, uniforms
 from msif_core.models import TrackedMap, coverage, load_model, tracked_maps
 from msif_core.scoring import query_gradients
+from tests.conftest import VOCAB, make_model, make_sequences, task_of
 
 ROOMY = 10_000
 

@@ -1,0 +1,193 @@
+"""The fit's files: restarts, shards, budgets; the sample; what is stored once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from msif_core import storage
+from msif_core.batching import batches
+from msif_core.config import CurvatureSettings
+from msif_core.curvature import fit
+from msif_core.curvature.factors import Factors
+from msif_core.curvature.filters import Damped
+from msif_core.errors import InputError
+from msif_core.models import TrackedMap, tracked_maps
+from tests.conftest import make_model, make_sequences
+
+OPTIONS: dict[str, Any] = {"task": "causal_lm", "seed": 1, "batch_tokens": 40, "budget_gb": 1.0}
+SHARDS = [make_sequences(6, 1), make_sequences(5, 2)]
+
+
+def run(model: Any, maps: list[TrackedMap], folder: Path, order: Sequence[int] = (0, 1), **changed: Any) -> Factors:
+    options = OPTIONS | changed
+    covariances = {
+        i: fit.covariance_shard(model, maps, SHARDS[i], folder / f"c{i}.safetensors", **options) for i in order
+    }
+    fit.combine_covariances([covariances[i] for i in range(2)], maps, folder)
+    eigenvalues = {
+        i: fit.eigenvalue_shard(model, maps, SHARDS[i], folder / f"e{i}.safetensors", folder=folder, **options)
+        for i in order
+    }
+    fit.combine_eigenvalues([eigenvalues[i] for i in range(2)], maps, folder)
+    return Factors.open(folder)
+
+
+def same(one: Factors, other: Factors) -> bool:
+    return all(
+        torch.equal(getattr(one[name], part), getattr(other[name], part))
+        for name in one.maps
+        for part in ("Q_A", "Q_S", "eigenvalues")
+    )
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return make_model("llama", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def maps(model: Any) -> list[TrackedMap]:
+    return tracked_maps(model, CurvatureSettings())
+
+
+@pytest.fixture(scope="module")
+def whole(model: Any, maps: list[TrackedMap], tmp_path_factory: pytest.TempPathFactory) -> Factors:
+    return run(model, maps, tmp_path_factory.mktemp("whole"))
+
+
+def test_bases_are_orthonormal_and_lambda_is_a_mean_over_sequences(
+    model: Any, maps: list[TrackedMap], whole: Factors
+) -> None:
+    name = maps[0].name
+    f = whole[name]
+    torch.testing.assert_close(f.Q_A.mT @ f.Q_A, torch.eye(len(f.Q_A)), atol=1e-5, rtol=0)
+    sums = [
+        fit.eigenvalue_sums(model, maps[:1], {name: f}, s, task="causal_lm", seed=1, batch_tokens=40)[name]
+        for s in SHARDS
+    ]
+    torch.testing.assert_close(f.eigenvalues, (sums[0] + sums[1]) / 11)
+    targets = sum(int((row != -100).sum()) for s in SHARDS for row in s.labels)
+    assert whole.mean_targets == pytest.approx(targets / 11)
+    V = torch.randn(2, *maps[0].shape)
+    torch.testing.assert_close(f.unrotate(f.rotate(V)), V, atol=1e-4, rtol=1e-4)
+
+
+def test_shards_may_finish_in_any_order(model: Any, maps: list[TrackedMap], whole: Factors, tmp_path: Path) -> None:
+    assert same(run(model, maps, tmp_path, order=(1, 0)), whole)
+
+
+def test_a_small_budget_takes_more_passes_and_gives_the_same_bits(
+    model: Any, maps: list[TrackedMap], whole: Factors, tmp_path: Path
+) -> None:
+    assert len(list(fit.partitions(maps, 3e-6))) > 3
+    assert [m for part in fit.partitions(maps, 3e-6) for m in part] == maps
+    assert same(run(model, maps, tmp_path, budget_gb=3e-6), whole)
+
+
+@pytest.mark.parametrize("stop", range(4))
+def test_a_killed_run_resumes_bit_for_bit(
+    model: Any, maps: list[TrackedMap], whole: Factors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    """Killed in the first batch, two in between, and the last: what stands is kept, the rest is done again."""
+    total = 2 * sum(len(list(batches(s, OPTIONS["batch_tokens"]))) for s in SHARDS)
+    assert total >= 6
+    last, passes = 1 + (total - 1) * stop // 3, 0
+    original = fit.capture
+
+    def killed(*args: Any) -> None:
+        nonlocal passes
+        passes += 1
+        if passes == last:
+            raise KeyboardInterrupt
+        original(*args)
+
+    monkeypatch.setattr(fit, "capture", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, maps, tmp_path)
+    assert not list(tmp_path.glob(".tmp-*"))
+    monkeypatch.setattr(fit, "capture", original)
+    assert same(run(model, maps, tmp_path), whole)
+
+
+def test_a_finished_run_does_nothing_and_a_corrupt_shard_is_rebuilt(
+    model: Any, maps: list[TrackedMap], whole: Factors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(model, maps, tmp_path)
+    path = tmp_path / "c0.safetensors"
+    good = storage.file_digest(path)
+    original = fit.capture
+    monkeypatch.setattr(fit, "capture", None)
+    assert same(run(model, maps, tmp_path), whole)
+    monkeypatch.setattr(fit, "capture", original)
+    path.write_bytes(path.read_bytes()[:-7] + b"garbage")
+    run(model, maps, tmp_path)
+    assert storage.file_digest(path) == good
+
+
+def test_shared_inputs_are_stored_once(maps: list[TrackedMap], whole: Factors) -> None:
+    files = {entry["input"] for entry in whole.maps.values()}
+    assert len(files) == 2 * 4  # q/k/v, o, gate/up, down in each of two layers
+    assert len(list(whole.folder.glob("*.input.safetensors"))) == len(files) < len(maps)
+    sums = load_file(whole.folder / "c0.safetensors")
+    assert sum(key.startswith("A/") for key in sums) == len(files)
+
+
+def test_filtering_leaves_the_factors_as_they_are(maps: list[TrackedMap], whole: Factors) -> None:
+    before = whole[maps[0].name].eigenvalues.clone()
+    V = torch.ones(1, *maps[0].shape)
+    f = whole[maps[0].name]
+    one, two = f.apply(V, Damped(0.1).attributed), f.apply(V, Damped(0.1).attributed)
+    assert torch.equal(one, two)
+    assert torch.equal(f.eigenvalues, before)
+    assert torch.equal(whole[maps[0].name].eigenvalues, before)
+
+
+def test_tokens_or_gradients_rotated_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def basis(*shape: int) -> torch.Tensor:
+        return torch.linalg.qr(torch.randn(*shape, dtype=torch.float64))[0]
+
+    f = fit.MapFactors(basis(6, 6), basis(2, 4, 4), torch.empty(0))
+    for tokens in (2, 50):  # both sides of the switch
+        a, d = torch.randn(3, tokens, 6, dtype=torch.float64), torch.randn(3, tokens, 2, 4, dtype=torch.float64)
+        expected = f.rotate(torch.einsum("ntgb,nti->ngbi", d, a))
+        torch.testing.assert_close(fit.rotated_gradients(a, d, f), expected)
+
+
+def test_gradients_are_taken_in_chunks(
+    model: Any, maps: list[TrackedMap], whole: Factors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bases = {m.name: whole[m.name] for m in maps}
+    options: dict[str, Any] = {"task": "causal_lm", "seed": 1, "batch_tokens": 1000}
+    one = fit.eigenvalue_sums(model, maps, bases, SHARDS[0], **options)
+    monkeypatch.setattr(fit, "CHUNK_ENTRIES", 200)
+    assert len(list(fit.gradient_chunks(maps[0], 6))) > 1
+    many = fit.eigenvalue_sums(model, maps, bases, SHARDS[0], **options)
+    for name, value in one.items():
+        torch.testing.assert_close(many[name], value)
+
+
+def test_the_sample_depends_on_content_and_seed_alone() -> None:
+    sequences = make_sequences(400, 3, lengths=(8, 12))
+    chosen = {sequences.fingerprints[i] for i in fit.sample_rows(sequences.fingerprints, 0.25, 0)}
+    assert 60 < len(chosen) < 140
+    order = np.random.default_rng(0).permutation(400)
+    mixed = sequences.take(order)
+    assert {mixed.fingerprints[i] for i in fit.sample_rows(mixed.fingerprints, 0.25, 0)} == chosen
+    other = {sequences.fingerprints[i] for i in fit.sample_rows(sequences.fingerprints, 0.25, 1)}
+    assert other != chosen
+    assert len(fit.sample_rows(sequences.fingerprints, 1.0, 0)) == 400
+
+
+def test_unfinished_and_foreign_factors_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not finished"):
+        Factors.open(tmp_path)
+    storage.write_json(tmp_path / "factors.json", {"version": 0, "maps": {}, "mean_targets": 1.0})
+    with pytest.raises(InputError, match="factors of version 0"):
+        Factors.open(tmp_path)
