@@ -1,6 +1,7 @@
 """build-index: from documents to a published generation."""
 
 from pathlib import Path
+from typing import Any
 
 from prefect import flow, unmapped
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -15,7 +16,7 @@ from tasks import index, publish
 @flow(name="build-index", flow_run_name="index {config.workspace}")
 def build_index(config: Config) -> Path:
     """Tokenize, fit what is not fitted, sketch the shards, measure recall, publish. Idempotent."""
-    runner = ThreadPoolTaskRunner(max_workers=config.compute.workers)
+    runner: Any = ThreadPoolTaskRunner(max_workers=config.compute.workers)
     tokenize_corpus(config)
     fit_ekfac.with_options(task_runner=runner)(config)
     return sketch_and_publish.with_options(task_runner=runner)(config)

@@ -162,6 +162,73 @@ def rollback(config: ConfigFile) -> None:
     console.print(f"Published: {manifest['parent']}")
 
 
+@app.command()
+def evaluate(
+    config: ConfigFile,
+    tail_patch_rate: Annotated[float, typer.Option(help="Learning rate of the tail-patch's single step.")] = 0.02,
+    keep_server: KeepServer = False,
+) -> None:
+    """Recall, fact tracing and tail-patch on the held-out queries; influence beside dot product and BM25."""
+    from flows.evaluate import evaluate as flow
+
+    settings = Config.load(config)
+    if settings.queries is None:
+        raise InputError(f"{config}: set `queries` to a jsonl file of held-out queries with gold_doc_ids")
+    with orchestrated(settings, keep_server):
+        comparison = flow(settings, tail_patch_rate)
+    print_recall(settings)
+    print_comparison(comparison)
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    device: Annotated[str, typer.Option(help="measure (this machine), a100, h100 or h200.")] = "measure",
+    sequences: Annotated[
+        list[str] | None, typer.Option(help="STAGE=COUNT where a stage's documents are not at hand.")
+    ] = None,
+) -> None:
+    """What it will take: parameters tracked, bytes, operations and hours of each step. Builds nothing."""
+    from flows.show_plan import print_plan
+    from msif_core.plan import make_plan
+
+    pairs = [pair.partition("=") for pair in sequences or []]
+    if bad := [pair for pair in pairs if not pair[2].isdigit() or not int(pair[2])]:
+        raise InputError(f"--sequences {''.join(bad[0])}: expected STAGE=COUNT, for example pretrain=100000")
+    print_plan(make_plan(Config.load(config), device, {name: int(count) for name, _, count in pairs}), console)
+
+
+@app.command()
+def prune(
+    config: ConfigFile,
+    keep: Annotated[int, typer.Option(min=1, help="Generations to keep: the published one and those before it.")] = 3,
+    grace_hours: Annotated[float, typer.Option(min=0, help="Files younger than this stay.")] = 1.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Drop old generations and what only they used: codes, factors, partial sums. Answers stay."""
+    from msif_core.pruning import prune as drop
+    from msif_core.workspace import Workspace
+
+    found = drop(Workspace(Config.load(config).workspace.resolve()), keep, 3600 * grace_hours, dry_run)
+    for path in found.paths:
+        console.print(str(path), soft_wrap=True)
+    console.print(f"{'Would free' if dry_run else 'Freed'} {found.bytes / 1e6:,.1f} MB in {len(found.paths)} places")
+
+
+@app.command()
+def serve(
+    config: ConfigFile,
+    cron: Annotated[str | None, typer.Option(help="When to rebuild, in UTC, for example '0 3 * * *'.")] = None,
+    keep_server: KeepServer = False,
+) -> None:
+    """Register the deployments and run what the Prefect UI or the schedule asks for, until interrupted."""
+    from flows.serve import serve_flows
+
+    settings = Config.load(config)
+    with orchestrated(settings, keep_server):
+        serve_flows(settings, cron)
+
+
 def print_attribution(folder: Path, top: int) -> None:
     """A ranked table for each query."""
     from msif_core.attribution import Attribution

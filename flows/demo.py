@@ -7,14 +7,13 @@ from prefect import flow
 
 from flows.attribute import attribute
 from flows.build_index import build_index
+from flows.evaluate import evaluate
 from msif_core import records
 from msif_core.config import Config
 from msif_core.errors import InputError
-from tasks import evaluation, training
+from tasks import training
 
 QUESTIONS = 10
-TAIL_PATCH_RATE = 0.02
-"""Learning rate of the tail-patch step: small enough that random documents hardly move the loss."""
 
 
 @flow(name="demo", flow_run_name="demo {config.workspace}")
@@ -26,4 +25,4 @@ def demo(config: Config) -> tuple[Path, dict[str, Any]]:
     build_index(config)
     questions = records.read_list(Path(config.queries))[:QUESTIONS]
     run = attribute(config, questions, config.retrieval.top_k)
-    return run, evaluation.compare_methods(config, TAIL_PATCH_RATE)
+    return run, evaluate(config)

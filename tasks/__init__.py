@@ -7,8 +7,16 @@ result would claim that a file exists that somebody has deleted.
 
 from typing import Any
 
+from msif_core.errors import InputError
+
 ACCELERATOR = "accelerator"
 """Tag of the tasks that run a model; the server limits how many run at a time."""
 
-IO: dict[str, Any] = {"retries": 2, "retry_delay_seconds": [1, 10]}
+
+def worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
+    """Whether another attempt may help: not where the input is wrong."""
+    return not isinstance(state.result(raise_on_failure=False), InputError)
+
+
+IO: dict[str, Any] = {"retries": 2, "retry_delay_seconds": [1, 10], "retry_condition_fn": worth_retrying}
 """Retries of tasks whose failures are mostly the file system's."""

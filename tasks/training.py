@@ -1,6 +1,8 @@
 """The demo's stages, trained from nothing."""
 
 from pathlib import Path
+from typing import cast
+from uuid import UUID
 
 from prefect import task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
@@ -13,7 +15,7 @@ from tasks import ACCELERATOR
 @task(task_run_name="train-stages", tags=[ACCELERATOR])
 def train_stages(config: Config) -> list[Path]:
     """Train the tokenizer and each stage; finished checkpoints are kept."""
-    artifact = create_progress_artifact(progress=0.0, key="training", description="Optimizer steps")
+    artifact = cast(UUID, create_progress_artifact(progress=0.0, key="training", description="Optimizer steps"))
     shown = 0
 
     def report(_stage: str, done: int, total: int) -> None:

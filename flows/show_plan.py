@@ -1,0 +1,53 @@
+"""A plan as tables on the terminal."""
+
+from rich.console import Console
+from rich.table import Table
+
+from msif_core.plan import Plan
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Stages side by side, then the steps, then what is not known yet."""
+    stages = Table("", *(stage.name for stage in plan.stages))
+    lines = {
+        "parameters": [_count(s.parameters) for s in plan.stages],
+        "tracked": [f"{_count(s.tracked)} in {s.maps} maps ({s.tracked / s.parameters:.0%})" for s in plan.stages],
+        "sequences": [f"{s.sequences:,}" for s in plan.stages],
+        "tokens": [_count(s.tokens) for s in plan.stages],
+        "weights": [_bytes(s.model_bytes) for s in plan.stages],
+        "factors": [_bytes(s.factor_bytes) for s in plan.stages],
+        "partial sums, until pruned": [f"{_bytes(s.partial_bytes)} in {s.shards} shards" for s in plan.stages],
+        "sweeps per statistic": [str(s.passes) for s in plan.stages],
+    }
+    for name, values in lines.items():
+        stages.add_row(name, *values)
+    console.print(stages)
+    steps = Table("step", "stage", "operations", "time")
+    for step in plan.steps:
+        operations = step.model_flops + step.statistics_flops + step.eigenbasis_flops
+        steps.add_row(step.name, step.stage, f"{operations:.2e}", _time(step.hours))
+    console.print(steps)
+    console.print(f"Times are for {plan.rates.device}; eigenbases for this machine's CPU.")
+    console.print(f"Index: {plan.index_kind}, {_bytes(plan.index_bytes)}.")
+    console.print(f"Held-out queries' gradients, in memory at one time: {_bytes(plan.query_bytes)}.")
+    for stage in plan.stages:
+        if stage.assumed:
+            console.print(f"Stage {stage.name}: {stage.assumed}.")
+
+
+def _count(n: float) -> str:
+    for unit, size in ((" G", 1e9), (" M", 1e6), (" k", 1e3)):
+        if n >= size:
+            return f"{n / size:.3g}{unit}"
+    return f"{n:g}"
+
+
+def _bytes(n: float) -> str:
+    return _count(n) + ("B" if n >= 1e3 else " B")
+
+
+def _time(hours: float) -> str:
+    seconds = 3600 * hours
+    if hours >= 1:
+        return f"{hours:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.2g} s"
