@@ -191,8 +191,11 @@ def optimize(
 
 
 def mean_token_loss(model: Any, batch: Batch) -> torch.Tensor:
-    """Mean loss of the batch's target tokens; logits are computed at the positions that have one."""
-    hidden = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
+    """Mean loss of the batch's target tokens; logits are computed at the positions that have one.
+
+    Padding stands on the right, where a causal model never looks: no attention mask is needed.
+    """
+    hidden = model.base_model(input_ids=batch.input_ids, use_cache=False)[0]
     targets = batch.labels[:, 1:]
     kept = targets != IGNORED
     logits = model.get_output_embeddings()(hidden[:, :-1][kept])
