@@ -145,6 +145,9 @@ def test_numbers() -> None:
         (1.5, "+1.50"),
         (-0.01234, "−0.0123"),
         (123.4, "+123"),
+        (999.9, "+1,000"),
+        (-6866.1, "−6,866"),
+        (3e8, "+3.00e8"),
         (1e-9, "+1.00e-9"),
         (float("nan"), "–"),
         (0.0, "+0.00"),
@@ -164,7 +167,8 @@ def test_grid_sums_and_orders_layers() -> None:
     found = charts.grid(names, [1.0] * len(names))
     assert found.layers == ["0", "1", "2", "10", "other"]
     assert sum(found.sums) == len(names)
-    assert found.cells[0][-1] is None
+    assert found.kinds == sorted(found.kinds)
+    assert found.cells[0][found.kinds.index("lm_head")] is None
     assert charts.split_name("model.layers.3.self_attn.q_proj") == (3, "self_attn.q_proj")
 
 

@@ -17,9 +17,11 @@ LEVELS = 5
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """`value` with its sign and a true minus, to `digits` significant digits."""
+    """`value` with its sign and a true minus, to `digits` significant digits or to the unit."""
     if value is None or math.isnan(value):
         return "–"
+    if 10**digits - 0.5 <= abs(value) < 1e7:
+        return f"{value:+,.0f}".replace("-", "−")
     mantissa, _, exponent = f"{value:+#.{digits}g}".partition("e")
     text = mantissa.rstrip(".") + (f"e{int(exponent)}" if exponent else "")
     return text.replace("-", "−")
@@ -74,16 +76,15 @@ def split_name(name: str) -> tuple[int | None, str]:
 def grid(names: Sequence[str], scores: Sequence[float]) -> Grid:
     """Sum the scores of maps into a grid of layers and kinds."""
     values: dict[tuple[int, str], float] = {}
-    kinds: dict[str, None] = {}
     for name, score in zip(names, scores, strict=True):
         layer, kind = split_name(name)
-        kinds.setdefault(kind)
         key = (-1 if layer is None else layer, kind)
         values[key] = values.get(key, 0.0) + score
+    kinds = sorted({kind for _, kind in values})
     layers = sorted({layer for layer, _ in values}, key=lambda layer: (layer < 0, layer))
     cells = [[values.get((layer, kind)) for kind in kinds] for layer in layers]
     sums = [sum(v for v in row if v is not None) for row in cells]
-    return Grid(list(kinds), ["other" if layer < 0 else str(layer) for layer in layers], cells, sums)
+    return Grid(kinds, ["other" if layer < 0 else str(layer) for layer in layers], cells, sums)
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,6 @@ def distribution(sample: FloatArray, ranked: FloatArray) -> Distribution | None:
     for value in sorted([*powers, *(-p for p in powers)], key=abs, reverse=True):
         at = x(value)
         if 12 < at < WIDTH - 12 and all(abs(at - other) > 52 for other, _ in ticks):
-            ticks.append((at, f"{value:+g}".replace("-", "−")))
+            ticks.append((at, f"{value:+,g}".replace("-", "−")))
     marks = [(x(float(v)), v > 0) for v in ranked]
     return Distribution(bars, [m for m, up in marks if up], [m for m, up in marks if not up], sorted(ticks), x(0))
