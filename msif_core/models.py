@@ -178,7 +178,7 @@ def _blocks(model: Any, name: str, d_out: int, split: str) -> tuple[int, tuple[i
         return 3 * heads, None
     if layout == "qkv":
         return 3, None
-    rows = torch.arange(d_out).view(heads, 3, -1)
+    rows = torch.arange(d_out, device="cpu").view(heads, 3, -1)
     return 3, tuple(rows.transpose(0, 1).reshape(-1).tolist())
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from msif_core.batching import Batch, Sequences, batches
 from msif_core.capture import capture, forward
 from msif_core.curvature.fit import gradient_chunks, per_sequence_gradients, sum_dtype
+from msif_core.errors import InputError
 from msif_core.losses import target_loss, target_losses
 from msif_core.models import TrackedMap
 
@@ -48,7 +49,12 @@ def score_sequences(
     """Exact scores [Q, N]: the inner products of filtered query gradients and sequence gradients.
 
     One query is contracted with the tokens; several share the sequence's gradient, formed once.
+
+    Raises:
+        InputError: no map is left, as the stages share none.
     """  # fmt: skip
+    if not filtered:
+        raise InputError("no tracked map of the last stage is found in every stage below it: nothing to score with")
     device, dtype = next(model.parameters()).device, sum_dtype(model)
     maps = [m for m in maps if m.name in filtered]
     queries = next(iter(filtered.values())).shape[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -222,11 +223,11 @@ def combine_covariances(paths: list[Path], maps: list[TrackedMap], folder: Path)
     for key, name, path in jobs:
 
         def build(temporary: Path, key: str = key, name: str = name) -> None:
-            found = [shard.get_tensor(key) for shard in shards if key in shard.keys()]  # noqa: SIM118
+            found = [shard for shard in shards if key in shard.keys()]  # noqa: SIM118
             if not found:
                 raise InputError(f"{folder}: no sequence with a target fell into the fit's sample")
-            total = torch.stack([t.double() for t in found]).sum(dim=0)
-            write_tensors(temporary, {name: torch.linalg.eigh(total).eigenvectors.to(found[0].dtype)})
+            total, dtype = add_up(key, found)
+            write_tensors(temporary, {name: torch.linalg.eigh(total).eigenvectors.to(dtype)})
 
         written.append(storage.build_once(path, build))
     return written
@@ -277,9 +278,8 @@ def combine_eigenvalues(paths: list[Path], maps: list[TrackedMap], folder: Path)
     for tracked in maps:
 
         def build(temporary: Path, name: str = tracked.name) -> None:
-            found = [shard.get_tensor(name) for shard in shards]
-            total = torch.stack([t.double() for t in found]).sum(dim=0) / sequences
-            write_tensors(temporary, {"eigenvalues": total.to(found[0].dtype)})
+            total, dtype = add_up(name, shards)
+            write_tensors(temporary, {"eigenvalues": (total / sequences).to(dtype)})
 
         storage.build_once(folder / eigenvalues_file(tracked.name), build)
     storage.write_json(
@@ -299,6 +299,15 @@ def combine_eigenvalues(paths: list[Path], maps: list[TrackedMap], folder: Path)
         },
     )
     return folder
+
+
+def add_up(key: str, shards: list[Any]) -> tuple[torch.Tensor, torch.dtype]:
+    """The shards' sums of `key` added in float64, in their order and one at a time; and their own dtype."""
+    first = shards[0].get_tensor(key)
+    total = first.double().clone()
+    for shard in shards[1:]:
+        total += shard.get_tensor(key)
+    return total, first.dtype
 
 
 def input_file(group: str) -> str:

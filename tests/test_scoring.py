@@ -1,0 +1,72 @@
+"""Exact scores: both contractions, every batch, linearity; what cannot be scored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from msif_core import scoring
+from msif_core.config import CurvatureSettings
+from msif_core.curvature import fit
+from msif_core.errors import InputError
+from msif_core.models import TrackedMap, tracked_maps
+from tests.conftest import make_model, make_sequences, task_of
+
+
+def random_queries(maps: list[TrackedMap], count: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {m.name: torch.randn(count, *m.shape, dtype=torch.float64, generator=generator) for m in maps}
+
+
+def test_one_query_and_several_give_the_same_scores(
+    architecture: str, small_models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens contracted with the query, gradients formed and multiplied, in one chunk and in many."""
+    model, task = small_models[architecture], task_of(architecture)
+    maps = tracked_maps(model, CurvatureSettings(qkv_split="head"))
+    V, sequences = random_queries(maps, 3), make_sequences(7, task=task)
+    several = scoring.score_sequences(model, maps, V, sequences, 1000, task=task)
+    assert several.shape == (3, 7)
+    assert several.dtype == np.float32
+    gradients = scoring.query_gradients(model, maps, sequences, 1000, task=task)
+    expected = sum(V[m.name].flatten(1) @ gradients[m.name].flatten(1).mT for m in maps)
+    np.testing.assert_allclose(several, expected.float().numpy(), rtol=1e-5, atol=1e-5)  # type: ignore[union-attr]
+    for q in range(3):
+        one = scoring.score_sequences(model, maps, {n: v[q : q + 1] for n, v in V.items()}, sequences, 20, task=task)
+        np.testing.assert_allclose(one[0], several[q], rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(fit, "CHUNK_ENTRIES", 1)
+    np.testing.assert_allclose(
+        scoring.score_sequences(model, maps, V, sequences, 1000, task=task), several, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_losses_are_those_of_the_sequence_alone(architecture: str, small_models: dict[str, Any]) -> None:
+    model, task = small_models[architecture], task_of(architecture)
+    sequences = make_sequences(5, task=task)
+    together = scoring.losses(model, sequences, 1000, task=task)
+    alone = [scoring.losses(model, sequences.take([i]), 1000, task=task)[0] for i in range(5)]
+    np.testing.assert_allclose(together, alone, rtol=1e-6)
+
+
+def test_stages_without_a_shared_map_are_refused() -> None:
+    model = make_model("gpt_neox")
+    with pytest.raises(InputError, match="nothing to score with"):
+        scoring.score_sequences(model, [], {}, make_sequences(2), 100, task="causal_lm")
+
+
+def test_a_wide_head_has_a_block_diagonal_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("gpt_neox")
+    model.resize_token_embeddings(30)
+    settings = CurvatureSettings(track_unembedding=True)
+    assert tracked_maps(model, settings)[-1].shape == (1, 30, 8)
+    monkeypatch.setattr("msif_core.models.WIDEST_BLOCK", 12)
+    assert tracked_maps(model, settings)[-1].shape == (3, 10, 8)
+    model.resize_token_embeddings(31)
+    assert tracked_maps(model, settings)[-1].shape == (31, 1, 8)
+    sums = fit.covariance_sums(
+        model, tracked_maps(model, settings)[-1:], make_sequences(3), task="causal_lm", seed=0, batch_tokens=99
+    )
+    assert sums["S/lm_head"].shape == (31, 1, 1)
