@@ -38,46 +38,67 @@ def train(sample: FloatArray, settings: IndexSettings, sequences: int, path: Pat
         index = faiss.IndexRaBitQ(d, inner, settings.bits)
     else:
         cells = max(1, min(len(sample) // 4, int(4 * np.sqrt(sequences))))
-        index = faiss.IndexIVFRaBitQ(faiss.IndexFlat(d, inner), d, cells, inner, False, settings.bits)
+        index = faiss.IndexIVFRaBitQ(faiss.IndexFlat(d, inner), d, cells, inner, True, settings.bits)
         index.nprobe = max(1, cells // 4)
     index.train(np.ascontiguousarray(sample))
     faiss.write_index(faiss.IndexIDMap2(index), str(path))
 
 
 def build_shard(trained: Path, phi: FloatArray, ids: npt.NDArray[np.int64], path: Path) -> None:
-    """Write the codes of phi [n, d] under 64-bit ids."""
+    """Write the codes of phi [n, d] under 64-bit ids.
+
+    Raises:
+        InputError: the trained index is of another width.
+    """
     index = faiss.read_index(str(trained))
+    if index.d != phi.shape[1]:
+        raise InputError(f"{trained}: trained for {index.d} dimensions, the sketches have {phi.shape[1]}: refit")
     if len(phi):
         index.add_with_ids(np.ascontiguousarray(phi), np.ascontiguousarray(ids))
     faiss.write_index(index, str(path))
 
 
 class Index:
-    """Shard files opened memory-mapped and searched as one."""
+    """Shard files opened memory-mapped where FAISS can, and searched as one."""
 
     def __init__(self, shards: Sequence[Path], settings: IndexSettings) -> None:
-        self._shards = [self._open(path, settings) for path in shards]
+        found = [_open(path, settings) for path in shards]
+        self._shards = [shard for shard in found if shard.ntotal]
         self.count = sum(shard.ntotal for shard in self._shards)
         size = sum(path.stat().st_size for path in shards)
         self.bytes_per_vector = size / max(1, self.count)
 
-    @staticmethod
-    def _open(path: Path, settings: IndexSettings) -> Any:
+    def search(self, psi: FloatArray, k: int) -> tuple[FloatArray, npt.NDArray[np.int64]]:
+        """The k largest estimated scores of each query [Q, k] and their ids; -inf and -1 where there are fewer.
+
+        Equal scores go by id, so that the answer does not depend on how the ids are spread over shards.
+
+        Raises:
+            InputError: the queries' width is not the index's.
+        """
+        psi = np.ascontiguousarray(psi, dtype=np.float32)
+        for shard in self._shards:
+            if shard.d != psi.shape[1]:
+                raise InputError(f"the index holds {shard.d} dimensions, the queries have {psi.shape[1]}: rebuild it")
+        found = [shard.search(psi, min(k, shard.ntotal)) for shard in self._shards]
+        padding = np.full((len(psi), k), -1, dtype=np.int64)
+        ids = np.concatenate([*(i for _, i in found), padding], axis=1)
+        scores = np.concatenate([*(d for d, _ in found), padding.astype(np.float32)], axis=1)
+        scores = np.where(ids >= 0, scores, -np.inf).astype(np.float32)
+        order = np.lexsort((np.where(ids >= 0, ids, np.iinfo(np.int64).max), -scores), axis=1)[:, :k]
+        return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
+
+
+def _open(path: Path, settings: IndexSettings) -> Any:
+    """A shard; the settings' query bits apply at search time, so that they can change without a build."""
+    try:
+        index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    except RuntimeError:  # a kind that cannot be mapped, or damage
         try:
-            index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+            index = faiss.read_index(str(path))
         except RuntimeError as error:
             raise InputError(f"{path}: not a readable index shard ({error}); delete it and run again") from None
-        inner = faiss.downcast_index(index.index)
-        if hasattr(inner, "qb"):
-            inner.qb = settings.query_bits
-        return index
-
-    def search(self, psi: FloatArray, k: int) -> tuple[FloatArray, npt.NDArray[np.int64]]:
-        """The k largest estimated scores of each query [Q, k] and their ids; -1 where there are fewer."""
-        psi = np.ascontiguousarray(psi, dtype=np.float32)
-        found = [shard.search(psi, min(k, shard.ntotal)) for shard in self._shards if shard.ntotal]
-        scores = np.concatenate([d for d, _ in found], axis=1)
-        ids = np.concatenate([i for _, i in found], axis=1)
-        scores = np.where(ids >= 0, scores, -np.inf)
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
+    inner = faiss.downcast_index(index.index)
+    if hasattr(inner, "qb"):
+        inner.qb = settings.query_bits
+    return index
