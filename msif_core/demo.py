@@ -15,8 +15,8 @@ from msif_core.config import Config, Stage
 from msif_core.errors import InputError
 from msif_core.training import Architecture, new_model, sequence_losses, train_stage, train_tokenizer
 
-VOCABULARY = 4096
-ARCHITECTURE = Architecture(hidden=128, layers=4, heads=4, positions=256)
+VOCABULARY = 2048
+ARCHITECTURE = Architecture(hidden=96, layers=4, heads=4, positions=256)
 
 Progress = Callable[[str, int, int], None]
 
