@@ -75,7 +75,7 @@ class Attribution:
         Raises:
             InputError: the folder holds no complete attribution.
         """
-        folder = Path(folder)
+        folder = Path(folder).resolve()
         if not (folder / "manifest.json").exists():
             raise InputError(f"{folder}: no complete attribution there (its manifest.json is missing)")
         influences, queries = (pq.read_table(folder / f"{name}.parquet") for name in ("influences", "queries"))
