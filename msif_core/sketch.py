@@ -28,7 +28,7 @@ from msif_core.chain import Chain
 from msif_core.config import SketchSettings
 from msif_core.curvature.factors import Factors
 from msif_core.curvature.filters import SpectralFilter
-from msif_core.curvature.fit import rotated_gradients
+from msif_core.curvature.fit import gradient_chunks, rotated_gradients
 from msif_core.errors import InputError
 from msif_core.losses import target_loss, uniforms
 from msif_core.models import TrackedMap
@@ -76,7 +76,6 @@ class Sketcher:
         )
         self.total = sum(m.size for m in maps)
         self.fold = fold_length(settings.dimensions, {m.d_in for m in maps})
-        self.width = min(self.fold, self.total)
         self._signs = random_signs(settings.dimensions, settings.seed + 1)
 
     def manifest(self) -> dict[str, Any]:
@@ -101,15 +100,25 @@ class Sketcher:
             )
 
     def document_weight(self, name: str) -> torch.Tensor:
-        """Whitening of a document's rotated gradient of one map, [G, b, d_in]."""
-        eigenvalues = self.factors[name].eigenvalues
-        root = self.filter.attributed(eigenvalues).sqrt()
+        """Whitening of a document's rotated gradient of one map, [G, b, d_in].
+
+        eigen: f^(1/2). kronecker: its rank-one fit, row times column. none: 1. Zero where f is.
+        """
+        f = self.filter.attributed(self.factors[name].eigenvalues)
+        if self.settings.whitening == "none":
+            return (f > 0).to(f.dtype)
+        root = f.sqrt()
         if self.settings.whitening == "eigen":
             return root
-        if self.settings.whitening == "kronecker":  # the rank-one fit of log f^(1/2): row plus column means
-            log = root.log()
-            return (log.mean(-1, keepdim=True) + log.mean(-2, keepdim=True) - log.mean((-2, -1), keepdim=True)).exp()
-        return torch.ones_like(root)
+        # The fit of log f^(1/2): row plus column means. A block without curvature has f = 0 throughout.
+        log = torch.where(f > 0, root, 1).log()
+        fit = (log.mean(-1, keepdim=True) + log.mean(-2, keepdim=True) - log.mean((-2, -1), keepdim=True)).exp()
+        return torch.where(f > 0, fit, 0)
+
+    def query_weight(self, name: str) -> torch.Tensor:
+        """What is left of f for the query's side, [G, b, d_in]: the product of the two weights is f."""
+        f = self.filter.attributed(self.factors[name].eigenvalues)
+        return torch.where(f > 0, f / self.document_weight(name), 0)
 
     def documents(self, model: nn.Module, sequences: Sequences, batch_tokens: int) -> FloatArray:
         """Phi of each sequence: float32 [N, dimensions]."""
@@ -121,8 +130,10 @@ class Sketcher:
             folded = torch.zeros(len(batch.rows), self.fold, device=device)
 
             def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, folded: torch.Tensor = folded) -> None:
-                gradient = rotated_gradients(a.float(), d.float(), factors[m.name]).flatten(1)
-                self._add(folded, gradient.mul_(weights[m.name]), self.offsets[m.name])
+                dtype = factors[m.name].Q_A.dtype  # float32, or float64 for a model in float64
+                for part in gradient_chunks(m, len(a)):
+                    rotated = rotated_gradients(a[part].to(dtype), d[part].to(dtype), factors[m.name])
+                    self._add(folded[part], rotated.flatten(1).float().mul_(weights[m.name]), self.offsets[m.name])
 
             capture(model, self.maps, batch, target_loss(self.task), consume)
             phi[batch.rows] = self._mix(folded).cpu().numpy()
@@ -135,9 +146,8 @@ class Sketcher:
         for m in self.maps:
             if m.name not in gradients or (rotated := chain.rotated(m.name, gradients[m.name])) is None:
                 continue
-            f = self.filter.attributed(self.factors[m.name].eigenvalues)
-            weight = self._signed(m, f / self.document_weight(m.name))
-            self._add(folded, rotated.float().flatten(1) * weight.to(first.device), self.offsets[m.name])
+            weight = self._signed(m, self.query_weight(m.name)).to(first.device)
+            self._add(folded, rotated.float().flatten(1) * weight, self.offsets[m.name])
         return self._mix(folded).cpu().numpy()
 
     def _signed(self, m: TrackedMap, weight: torch.Tensor) -> torch.Tensor:
