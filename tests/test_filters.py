@@ -47,8 +47,15 @@ def test_per_token_mean_rescales_absolute_values_only() -> None:
     torch.testing.assert_close(from_settings(relative, 12.0).attributed(L), Damped(0.1).attributed(L))
 
 
+@pytest.mark.filterwarnings("ignore:unrolled filter")
 @pytest.mark.parametrize("f", [Damped(0.1), Unrolled(1.0)])
 def test_a_block_that_the_fit_never_reached_passes_a_query_and_has_no_say(f: Damped | Unrolled) -> None:
     zero = torch.zeros(1, 2, 2)
     assert torch.equal(f.attributed(zero), zero)
     assert torch.equal(f.passing(zero), torch.ones(1, 2, 2))
+
+
+def test_a_tau_that_hardly_filters_is_warned_about() -> None:
+    for f in (Unrolled(0.05), Unrolled(1e-5, relative=False)):
+        with pytest.warns(UserWarning, match="nearly a gradient dot product"):
+            f.passing(L)

@@ -7,12 +7,17 @@ values refer to is taken over the last two axes, one block at a time.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from msif_core import config
+
+
+NEGLIGIBLE = 0.1
+"""A tau below this many inverse mean eigenvalues hardly filters."""
 
 
 class SpectralFilter(Protocol):
@@ -74,11 +79,19 @@ class Unrolled:
     tokens: float = 1.0
 
     def level(self, eigenvalues: torch.Tensor) -> torch.Tensor:
-        """The absolute tau of each block."""
+        """The absolute tau of each block. Warns where it leaves every block almost unfiltered."""
+        mean = block_mean(eigenvalues)
         if self.relative:
-            mean = block_mean(eigenvalues)
-            return torch.where(mean > 0, self.tau / mean, 0)
-        return torch.full_like(block_mean(eigenvalues), self.tau / self.tokens)
+            level = torch.where(mean > 0, self.tau / mean, 0)
+        else:
+            level = torch.full_like(mean, self.tau / self.tokens)
+        if bool((level * mean < NEGLIGIBLE).all()):
+            warnings.warn(
+                f"unrolled filter: tau is below {NEGLIGIBLE} / mean eigenvalue, so the score is nearly a gradient dot "
+                "product (the learning rates of Adam do not add up to a tau)",
+                stacklevel=2,
+            )
+        return level
 
     def attributed(self, eigenvalues: torch.Tensor) -> torch.Tensor:
         """(1 - exp(-tau Lambda)) / Lambda, which is tau at Lambda = 0."""
