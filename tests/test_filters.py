@@ -26,6 +26,7 @@ def test_eigenvalues_are_left_as_they_are() -> None:
     assert torch.equal(L, before)
 
 
+@pytest.mark.filterwarnings("ignore:unrolled filter")
 def test_unrolled_limits() -> None:
     f = Unrolled(0.7, relative=False)
     assert f.attributed(L)[0, 0, 0] == pytest.approx(0.7)

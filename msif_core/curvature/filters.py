@@ -15,7 +15,6 @@ import torch
 
 from msif_core import config
 
-
 NEGLIGIBLE = 0.1
 """A tau below this many inverse mean eigenvalues hardly filters."""
 
