@@ -63,7 +63,7 @@ def answer(pipeline: Pipeline, queries: corpus.Queries, top_k: int) -> Path:
     generation = Generation.open(pipeline)
     gradients = pipeline.query_gradients(queries.sequences)
     chain = pipeline.chain()
-    filtered = {name: v for name, g in gradients.items() if (v := chain.filter(name, g)) is not None}
+    filtered = chain.filter_all(gradients)
 
     candidates = find_candidates(pipeline, generation, queries, gradients)
     sampled = corpus.sample_documents(generation.corpus_folder, pipeline.config.retrieval.random_sample)

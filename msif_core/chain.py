@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -63,6 +63,11 @@ class Chain:
         if passed is None or not _has(stage, name, V):
             return None
         return stage.curvature[name].apply(passed, stage.filter.attributed)
+
+    def filter_all(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The filtered gradients of all maps; those without a parent stage are left out."""
+        filtered = {name: self.filter(name, V) for name, V in gradients.items()}
+        return {name: V for name, V in filtered.items() if V is not None}
 
     def rotated(self, name: str, V: torch.Tensor) -> torch.Tensor | None:
         """V filtered by the stages above the attributed one, in the attributed stage's eigenbasis."""

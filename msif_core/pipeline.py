@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from msif_core import answering, catalog, corpus, index, records, storage
 from msif_core.attribution import Attribution
@@ -111,7 +112,11 @@ class Pipeline(Stages):
         return queries.take(np.arange(min(len(queries), self.config.index.recall_queries)))
 
     def exact_shard(self, shard: int) -> Path:
-        """Exact scores of the held-out queries on one shard's sequences, float32 [Q, N], as .npy."""
+        """Exact scores of the held-out queries on one shard's sequences, float32 [2, Q, N], as .npy.
+
+        The first is the multi-stage score, the second the gradient dot product: a baseline that costs
+        next to nothing in the same pass.
+        """
         queries = self.held_out()
         assert queries is not None, "exact_shard is called only where held-out queries are configured"
         source = self.shards(self.target)[shard]
@@ -120,9 +125,12 @@ class Pipeline(Stages):
         key = storage.fingerprint(queries.sequences.fingerprints, chain_key, filters, storage.file_digest(source))
 
         def build(path: Path) -> None:
-            scores = self.exact_scores(self.filtered(queries.sequences), corpus.read_shard(source))
+            raw = self.query_gradients(queries.sequences)
+            filtered = self.chain().filter_all(raw)
+            both = {name: torch.cat([v, raw[name].to(v.dtype)]) for name, v in filtered.items()}
+            scores = self.exact_scores(both, corpus.read_shard(source))
             with open(path, "wb") as handle:
-                np.save(handle, scores)
+                np.save(handle, scores.reshape(2, len(queries), -1))
 
         return storage.build_once(self.workspace.root / "exact" / f"{source.stem}-{key}.npy", build)
 
@@ -132,7 +140,7 @@ class Pipeline(Stages):
         if queries is None:
             return {}
         shards = self.recall_shards()
-        exact = np.concatenate([np.load(self.exact_shard(shard)) for shard in shards], axis=1)
+        exact = np.concatenate([np.load(self.exact_shard(shard))[0] for shard in shards], axis=1)
         ids = np.concatenate([corpus.read_shard(self.shards(self.target)[s]).sequence_ids for s in shards])
         found = index.Index([self.index_shard(shard) for shard in shards], self.config.index)
         psi = self.sketcher().queries(self.query_gradients(queries.sequences), self.chain())

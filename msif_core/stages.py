@@ -222,9 +222,7 @@ class Stages:
 
     def filtered(self, sequences: Sequences) -> dict[str, torch.Tensor]:
         """The queries' gradients passed down the chain; maps without a parent stage drop out."""
-        chain = self.chain()
-        passed = {name: chain.filter(name, v) for name, v in self.query_gradients(sequences).items()}
-        return {name: v for name, v in passed.items() if v is not None}
+        return self.chain().filter_all(self.query_gradients(sequences))
 
     def exact_scores(self, filtered: dict[str, torch.Tensor], sequences: Sequences) -> FloatArray:
         """Exact scores of the attributed stage's sequences, float32 [Q, N]."""

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 
 from msif_core import corpus, storage
-from msif_core.config import Config, Filter
 from msif_core.evaluation.facts import ranks_of_rankings, ranks_of_scores, trace_facts
 from msif_core.evaluation.tail_patch import tail_patch
 from msif_core.lexical import LexicalIndex
 from msif_core.pipeline import Pipeline
-from msif_core.retrieval import by_document
+from msif_core.retrieval import FloatArray, by_document
 
 TOP = 10
 SEED = 0
@@ -23,20 +22,14 @@ def _silent(done: int, total: int) -> None:
     """The progress callback of those who want none."""
 
 
-def without_curvature(config: Config) -> Config:
-    """The same configuration with every stage's filter the identity: the gradient dot product."""
-    stages = tuple(stage.model_copy(update={"filter": Filter(kind="identity")}) for stage in config.stages)
-    return config.model_copy(update={"stages": stages})
-
-
-def exact_document_scores(pipeline: Pipeline) -> tuple[list[str], np.ndarray]:
-    """Documents, and the held-out queries' exact scores of them [Q, D], over the recall shards."""
+def exact_document_scores(pipeline: Pipeline) -> tuple[list[str], FloatArray, FloatArray]:
+    """Documents, and the held-out queries' influence and gradient dot product [Q, D], over the recall shards."""
     sequences = [corpus.read_shard(pipeline.shards(pipeline.target)[s]) for s in pipeline.recall_shards()]
-    scores = np.concatenate([np.load(pipeline.exact_shard(s)) for s in pipeline.recall_shards()], axis=1)
+    scores = np.concatenate([np.load(pipeline.exact_shard(s)) for s in pipeline.recall_shards()], axis=2)
     names = [name for part in sequences for name in part.document_ids]
     ids = np.concatenate([part.sequence_ids for part in sequences])
-    ranked = by_document(scores, names, ids)
-    return ranked.documents, ranked.total
+    influence, dot = (by_document(part, names, ids) for part in scores)
+    return influence.documents, influence.total, dot.total
 
 
 def compare(pipeline: Pipeline, learning_rate: float, progress: Callable[[int, int], None] = _silent) -> dict[str, Any]:
@@ -47,8 +40,7 @@ def compare(pipeline: Pipeline, learning_rate: float, progress: Callable[[int, i
     """
     queries = pipeline.held_out()
     assert queries is not None, "the comparison needs held-out queries in the configuration"
-    documents, influence = exact_document_scores(pipeline)
-    _, dot = exact_document_scores(Pipeline(without_curvature(pipeline.config)))
+    documents, influence, dot = exact_document_scores(pipeline)
     texts = [f"{p} {c}" for p, c in zip(queries.prompts, queries.completions, strict=True)]
     lexical = LexicalIndex.load(pipeline.build_lexical()).search(texts, len(documents))
     gold = [list(metadata.get("gold_doc_ids", [])) for metadata in queries.metadata]
