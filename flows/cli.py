@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows import silence_telemetry
 from msif_core.config import Config
 from msif_core.errors import InputError
 
@@ -29,6 +31,8 @@ KeepServer = Annotated[bool, typer.Option("--keep-server", help="Leave the local
 def main() -> None:
     """Entry point: a mistake of the user's is one message and exit code 2."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    silence_telemetry()
+    logging.disable(logging.DEBUG)
     try:
         app()
     except InputError as error:

@@ -15,14 +15,17 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 from prefect.client.orchestration import get_client
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
+from flows import silence_telemetry
 from msif_core import storage
 from msif_core.errors import InputError
 from tasks import ACCELERATOR
 
 START_TIMEOUT = 180.0
-TELEMETRY_OFF = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PREFECT_LOGGING_LEVEL": "WARNING"}
+DRAIN_TIMEOUT = 10.0
 
 
 @contextmanager
@@ -35,8 +38,7 @@ def server(workspace: Path, keep: bool = False) -> Iterator[str]:
     Raises:
         InputError: the server does not come up; names its log.
     """
-    for key, value in TELEMETRY_OFF.items():
-        os.environ.setdefault(key, value)
+    silence_telemetry()
     if url := PREFECT_API_URL.value():
         yield url
         return
@@ -47,7 +49,10 @@ def server(workspace: Path, keep: bool = False) -> Iterator[str]:
         url, process = _start(folder, record)
     try:
         with temporary_settings({PREFECT_API_URL: url, PREFECT_HOME: folder}):
-            yield url
+            try:
+                yield url
+            finally:
+                _drain()
     finally:
         if process is not None and not keep:
             _stop(process)
@@ -93,6 +98,12 @@ def _healthy(url: str) -> bool:
             return bool(answer.status == 200)
     except (URLError, OSError):
         return False
+
+
+def _drain() -> None:
+    """Hand over the logs and events still queued: once the server is gone, this process would retry for a minute."""
+    APILogWorker.drain_all(timeout=DRAIN_TIMEOUT, at_exit=False)
+    EventsWorker.drain_all(timeout=DRAIN_TIMEOUT, at_exit=False)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
