@@ -28,8 +28,14 @@ def kind_for(settings: IndexSettings, sequences: int) -> str:
 
 
 def train(sample: FloatArray, settings: IndexSettings, sequences: int, path: Path) -> None:
-    """Write an empty index trained on `sample` [n, d] (the codes' centre, and the cells of an IVF)."""
+    """Write an empty index trained on `sample` [n, d] (the codes' centre, and the cells of an IVF).
+
+    Rows that are not finite are left out: one would spoil the centre of all codes.
+    """
     d = sample.shape[1]
+    sample = sample[np.isfinite(sample).all(axis=1)]
+    if not len(sample):
+        sample = np.zeros((1, d), dtype=np.float32)  # a centre at the origin
     inner = faiss.METRIC_INNER_PRODUCT
     kind = kind_for(settings, sequences)
     if kind == "flat":

@@ -98,6 +98,18 @@ def test_fewer_vectors_than_asked_for_are_padded(tmp_path: Path):
     assert sorted(ids[0, :4]) == sorted(IDS[:4])
 
 
+@pytest.mark.parametrize("kind", ["flat", "rabitq", "ivf"])
+def test_a_sample_with_broken_rows_or_none_still_trains(tmp_path: Path, kind: str):
+    settings = IndexSettings(kind=kind)  # type: ignore[arg-type]
+    broken = vectors(50)
+    broken[3, 5], broken[7, 1] = np.nan, np.inf
+    for number, sample in enumerate((broken, vectors(0))):
+        trained, path = tmp_path / f"trained-{number}", tmp_path / f"shard-{number}"
+        index.train(sample, settings, N, trained)
+        index.build_shard(trained, vectors(N), IDS, path)
+        assert np.isfinite(index.Index([path], settings).search(vectors(2, seed=1), 5)[0]).all()
+
+
 def test_an_empty_index_and_empty_shards_answer_nothing(tmp_path: Path):
     assert (index.Index([], IndexSettings()).search(vectors(2), 3)[1] == -1).all()
     found = build(tmp_path, vectors(2), IDS[:2], shards=3, kind="flat")  # the third shard is empty
