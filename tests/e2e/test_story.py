@@ -1,0 +1,142 @@
+"""The command line against a real local server: build, ask, change documents, rebuild, roll back, prune."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from flows.server import server
+from tests.tiny_project import documents, write_project, write_records
+
+
+def msif(*arguments: str | Path, url: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    environment.pop("PREFECT_API_URL", None)
+    if url is not None:
+        environment["PREFECT_API_URL"] = url
+    command = [str(Path(sys.executable).with_name("msif")), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="module")
+def url(config: Path) -> Iterator[str]:
+    with server(config.parent / "workspace") as address:
+        yield address
+
+
+def published(config: Path) -> str:
+    return (config.parent / "workspace" / "generations" / "CURRENT").read_text().strip()
+
+
+def modified(config: Path) -> dict[str, int]:
+    root = config.parent / "workspace"
+    kinds = ("factors", "codes", "corpus", "exact")
+    return {str(p): p.stat().st_mtime_ns for kind in kinds for p in (root / kind).rglob("*") if p.is_file()}
+
+
+def test_story(config: Path, url: str) -> None:
+    root = config.parent
+    workspace = root / "workspace"
+
+    first = msif("run", config, url=url)
+    assert first.returncode == 0, first.stderr
+    generation = published(config)
+    before = modified(config)
+    assert {p.suffix for p in (workspace / "codes").rglob("shard-*")} == {".faiss", ".sha256"}
+
+    again = msif("run", config, url=url)
+    assert again.returncode == 0, again.stderr
+    assert published(config) == generation
+    assert modified(config) == before, "a second run writes nothing anew"
+
+    victim = next((workspace / "codes").rglob("shard-00001*.faiss"))
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:-1] + bytes([whole[-1] ^ 255]))
+    assert msif("run", config, url=url).returncode == 0
+    assert victim.read_bytes() == whole, "a corrupt shard is built again, byte for byte"
+
+    answer = msif("attribute", config, "--queries", root / "queries.jsonl", "--out", root / "out.parquet", url=url)
+    assert answer.returncode == 0, answer.stderr
+    assert "Stored:" in answer.stdout
+    influences = pq.read_table(root / "out.parquet").to_pylist()
+    run = influences[0]["run_id"]
+    assert (workspace / "attributions" / run / "page.html").exists()
+
+    exact = msif("score", config, "--queries", root / "queries.jsonl", "--documents", root / "documents.jsonl",
+                 "--out", root / "scores.npy")  # fmt: skip
+    assert exact.returncode == 0, exact.stderr
+    scores = np.load(root / "scores.npy")
+    queries = [json.loads(line)["id"] for line in (root / "queries.jsonl").read_text().splitlines()]
+    names = [row["id"] for row in documents()]
+    assert scores.shape == (len(queries), len(names))
+    for row in influences:
+        expected = scores[queries.index(row["query_id"]), names.index(row["document_id"])]
+        assert row["score"] == pytest.approx(float(expected), rel=1e-4, abs=1e-7)
+
+    counted = msif("sql", config, "select count(*) as n from documents")
+    assert counted.returncode == 0, counted.stderr
+    assert "56" in counted.stdout  # both stages
+    refused = msif("sql", config, "drop table runs")
+    assert refused.returncode == 2
+    assert "msif:" in refused.stderr
+    page = msif("report", config, run)
+    assert page.returncode == 0, page.stderr
+
+    changed = [row for row in documents() if row["id"] != "d03"]
+    changed.append({"id": "new", "text": "heron: a thing called heron, made of water."})
+    write_records(root / "documents.jsonl", changed)
+    rebuilt = msif("rebuild", config, url=url)
+    assert rebuilt.returncode == 0, rebuilt.stderr
+    assert "incremental" in rebuilt.stdout + rebuilt.stderr
+    assert published(config) != generation
+    factors = {p: t for p, t in modified(config).items() if "/factors/" in p}
+    assert factors == {p: t for p, t in before.items() if "/factors/" in p}, "factors stay pinned"
+    present = msif("sql", config, "select document_id from documents where document_id in ('d03', 'new')")
+    assert "new" in present.stdout
+    assert "d03" not in present.stdout
+
+    second = published(config)
+    assert msif("rollback", config).returncode == 0
+    assert published(config) == generation
+    assert msif("rollback", config).returncode == 2
+    assert msif("rebuild", config, url=url).returncode == 0
+    assert published(config) == second
+    pruned = msif("prune", config, "--keep", "1", "--grace-hours", "0")
+    assert pruned.returncode == 0, pruned.stderr
+    assert [p.name for p in (workspace / "generations").iterdir() if p.is_dir()] == [second]
+    assert not list((workspace / "factors").glob("*/partial"))
+    assert msif("attribute", config, "--queries", root / "queries.jsonl", url=url).returncode == 0
+
+    with sqlite3.connect(f"file:{workspace / 'server' / 'prefect.db'}?mode=ro", uri=True) as database:
+        states = database.execute("select distinct state_type from task_run").fetchall()
+        flows = {name for (name,) in database.execute("select name from flow")}
+    assert states == [("COMPLETED",)]
+    assert {"build-index", "fit-ekfac", "tokenize-corpus", "sketch-and-publish", "attribute", "rebuild-index"} <= flows
+
+
+def test_a_wrong_record_is_one_message_and_no_retry(config: Path, url: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"id": "a", "text": "fine"}\n{"id": "b", "text": \n', encoding="utf-8")
+    settings = json.loads(config.read_text())
+    settings["stages"][0]["documents"] = str(tmp_path / "bad.jsonl")
+    settings["workspace"] = str(tmp_path / "workspace")
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(settings))
+    failed = msif("run", path, url=url)
+    assert failed.returncode == 2
+    assert "bad.jsonl" in failed.stderr.splitlines()[-1]
+    assert "Retrying" not in failed.stderr + failed.stdout
+    assert not (tmp_path / "workspace" / "corpus" / "pretrain" / "manifest.json").exists()
