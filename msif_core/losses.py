@@ -19,22 +19,28 @@ Loss = Callable[[Any, Batch], torch.Tensor]
 def logits_and_targets(outputs: Any, batch: Batch, task: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [N, P, V] paired with targets [N, P].
 
-    A causal model's logits at position t pair with the label at t + 1; a classifier has one position,
-    whose label is the first of its row.
+    A causal model's logits at position t pair with the label at t + 1 (the last position with none: moving
+    the small labels leaves the large logits uncopied); a classifier has one position, whose label is the
+    first of its row.
     """
     if task == "classification":
         return outputs.logits[:, None], batch.labels[:, :1]
-    return outputs.logits[:, :-1], batch.labels[:, 1:]
+    return outputs.logits, torch.nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def negative_log_likelihoods(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """-log p of each target [N, P] under logits [N, P, V], in float32 or better; 0 where ignored."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    flat = torch.nn.functional.cross_entropy(
+        wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return flat.view_as(targets)
 
 
 def target_losses(outputs: Any, batch: Batch, task: str) -> torch.Tensor:
     """Summed negative log-likelihood of each sequence's targets: [N]."""
     logits, targets = logits_and_targets(outputs, batch, task)
-    losses = torch.nn.functional.cross_entropy(
-        logits.float().transpose(1, 2) if logits.dtype != torch.float64 else logits.transpose(1, 2),
-        targets, ignore_index=IGNORED, reduction="none",
-    )  # fmt: skip
-    return losses.sum(dim=1)
+    return negative_log_likelihoods(logits, targets).sum(dim=1)
 
 
 def target_loss(task: str) -> Loss:
@@ -52,8 +58,7 @@ def sampled_loss(task: str, seed: int) -> Loss:
         logits, targets = logits_and_targets(outputs, batch, task)
         u = torch.from_numpy(uniforms(batch.fingerprints, targets.shape[1], seed)).to(logits.device)
         drawn = draw_labels(logits.detach(), targets, u)
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        return torch.nn.functional.cross_entropy(wide.transpose(1, 2), drawn, ignore_index=IGNORED, reduction="sum")
+        return negative_log_likelihoods(logits, drawn).sum()
 
     return loss
 
