@@ -18,6 +18,7 @@ from msif_core.curvature import fit
 from msif_core.curvature.factors import Factors
 from msif_core.curvature.filters import Damped
 from msif_core.errors import InputError
+from msif_core.losses import Loss, uniforms
 from msif_core.models import TrackedMap, tracked_maps
 from tests.conftest import make_model, make_sequences
 
@@ -191,3 +192,21 @@ def test_unfinished_and_foreign_factors_are_refused(tmp_path: Path) -> None:
     storage.write_json(tmp_path / "factors.json", {"version": 0, "maps": {}, "mean_targets": 1.0})
     with pytest.raises(InputError, match="factors of version 0"):
         Factors.open(tmp_path)
+
+
+def test_the_second_pass_draws_labels_of_its_own(
+    model: Any, maps: list[TrackedMap], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lambda on the labels that shaped the basis would be biased: no uniform number serves both passes."""
+    seeds: list[int] = []
+    original = fit.sampled_loss
+
+    def recorded(task: str, seed: int) -> Loss:
+        seeds.append(seed)
+        return original(task, seed)
+
+    monkeypatch.setattr(fit, "sampled_loss", recorded)
+    run(model, maps, tmp_path)
+    first, second = dict.fromkeys(seeds)
+    fingerprints = SHARDS[0].fingerprints
+    assert not np.isin(uniforms(fingerprints, 50, first), uniforms(fingerprints, 50, second)).any()
