@@ -9,7 +9,7 @@ from msif_core.config import Config
 from msif_core.demo import train_stages
 from msif_core.training import Architecture
 
-WORDS = "kite oak loom brook anvil heron fern gull plum reed sage thorn".split()
+WORDS = ["kite", "oak", "loom", "brook", "anvil", "heron", "fern", "gull", "plum", "reed", "sage", "thorn"]
 ARCHITECTURE = Architecture(hidden=16, layers=1, heads=2, positions=24)
 
 

@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from flows.cli import main
 from flows.server import server
 from tests.tiny_project import documents, write_project, write_records
 
+Msif = Callable[..., "Outcome"]
 
-def msif(*arguments: str | Path, url: str | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    environment.pop("PREFECT_API_URL", None)
-    if url is not None:
-        environment["PREFECT_API_URL"] = url
-    command = [str(Path(sys.executable).with_name("msif")), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+
+@dataclass(frozen=True)
+class Outcome:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def msif(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Msif:
+    """The command line, in this process: imports and models are loaded once."""
+
+    def call(*arguments: str | Path) -> Outcome:
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(sys, "argv", ["msif", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        captured = capsys.readouterr()
+        return Outcome(int(end.value.code or 0), captured.out, captured.err)
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +63,17 @@ def modified(config: Path) -> dict[str, int]:
     return {str(p): p.stat().st_mtime_ns for kind in kinds for p in (root / kind).rglob("*") if p.is_file()}
 
 
-def test_story(config: Path, url: str) -> None:
+def test_story(config: Path, url: str, msif: Msif, caplog: pytest.LogCaptureFixture) -> None:
     root = config.parent
     workspace = root / "workspace"
 
-    first = msif("run", config, url=url)
+    first = msif("run", config)
     assert first.returncode == 0, first.stderr
     generation = published(config)
     before = modified(config)
     assert {p.suffix for p in (workspace / "codes").rglob("shard-*")} == {".faiss", ".sha256"}
 
-    again = msif("run", config, url=url)
+    again = msif("run", config)
     assert again.returncode == 0, again.stderr
     assert published(config) == generation
     assert modified(config) == before, "a second run writes nothing anew"
@@ -66,10 +81,10 @@ def test_story(config: Path, url: str) -> None:
     victim = next((workspace / "codes").rglob("shard-00001*.faiss"))
     whole = victim.read_bytes()
     victim.write_bytes(whole[:-1] + bytes([whole[-1] ^ 255]))
-    assert msif("run", config, url=url).returncode == 0
+    assert msif("run", config).returncode == 0
     assert victim.read_bytes() == whole, "a corrupt shard is built again, byte for byte"
 
-    answer = msif("attribute", config, "--queries", root / "queries.jsonl", "--out", root / "out.parquet", url=url)
+    answer = msif("attribute", config, "--queries", root / "queries.jsonl", "--out", root / "out.parquet")
     assert answer.returncode == 0, answer.stderr
     assert "Stored:" in answer.stdout
     influences = pq.read_table(root / "out.parquet").to_pylist()
@@ -99,9 +114,9 @@ def test_story(config: Path, url: str) -> None:
     changed = [row for row in documents() if row["id"] != "d03"]
     changed.append({"id": "new", "text": "heron: a thing called heron, made of water."})
     write_records(root / "documents.jsonl", changed)
-    rebuilt = msif("rebuild", config, url=url)
+    rebuilt = msif("rebuild", config)
     assert rebuilt.returncode == 0, rebuilt.stderr
-    assert "incremental" in rebuilt.stdout + rebuilt.stderr
+    assert "incremental: " in caplog.text
     assert published(config) != generation
     factors = {p: t for p, t in modified(config).items() if "/factors/" in p}
     assert factors == {p: t for p, t in before.items() if "/factors/" in p}, "factors stay pinned"
@@ -113,13 +128,13 @@ def test_story(config: Path, url: str) -> None:
     assert msif("rollback", config).returncode == 0
     assert published(config) == generation
     assert msif("rollback", config).returncode == 2
-    assert msif("rebuild", config, url=url).returncode == 0
+    assert msif("rebuild", config).returncode == 0
     assert published(config) == second
     pruned = msif("prune", config, "--keep", "1", "--grace-hours", "0")
     assert pruned.returncode == 0, pruned.stderr
     assert [p.name for p in (workspace / "generations").iterdir() if p.is_dir()] == [second]
     assert not list((workspace / "factors").glob("*/partial"))
-    assert msif("attribute", config, "--queries", root / "queries.jsonl", url=url).returncode == 0
+    assert msif("attribute", config, "--queries", root / "queries.jsonl").returncode == 0
 
     with sqlite3.connect(f"file:{workspace / 'server' / 'prefect.db'}?mode=ro", uri=True) as database:
         states = database.execute("select distinct state_type from task_run").fetchall()
@@ -128,14 +143,14 @@ def test_story(config: Path, url: str) -> None:
     assert {"build-index", "fit-ekfac", "tokenize-corpus", "sketch-and-publish", "attribute", "rebuild-index"} <= flows
 
 
-def test_a_wrong_record_is_one_message_and_no_retry(config: Path, url: str, tmp_path: Path) -> None:
+def test_a_wrong_record_is_one_message_and_no_retry(config: Path, url: str, msif: Msif, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"id": "a", "text": "fine"}\n{"id": "b", "text": \n', encoding="utf-8")
     settings = json.loads(config.read_text())
     settings["stages"][0]["documents"] = str(tmp_path / "bad.jsonl")
     settings["workspace"] = str(tmp_path / "workspace")
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps(settings))
-    failed = msif("run", path, url=url)
+    failed = msif("run", path)
     assert failed.returncode == 2
     assert "bad.jsonl" in failed.stderr.splitlines()[-1]
     assert "Retrying" not in failed.stderr + failed.stdout

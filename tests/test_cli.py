@@ -1,0 +1,123 @@
+"""Commands that need no server: their messages, their exit codes, and what they print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from flows import cli
+from flows.rebuild_index import what_changed
+from msif_core import storage
+from msif_core.errors import InputError
+from msif_core.workspace import Workspace
+
+RUNNER = CliRunner()
+
+
+def test_every_command_has_a_help_line() -> None:
+    shown = RUNNER.invoke(cli.app, ["--help"])
+    assert shown.exit_code == 0
+    commands = {
+        command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback
+    }
+    assert commands == {
+        "demo", "run", "attribute", "score", "rebuild", "sql", "evaluate", "plan", "report", "rollback", "prune", "serve",
+    }  # fmt: skip
+    for name in commands:
+        assert name in shown.output
+
+
+@pytest.fixture
+def msif(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    def call(*arguments: str | Path) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["msif", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return int(end.value.code or 0), capsys.readouterr().err
+
+    return call
+
+
+def config(folder: Path, **changes: object) -> Path:
+    settings = {
+        "workspace": str(folder / "workspace"),
+        "stages": [{"name": "pretrain", "model": "bigscience/bloom-560m", "documents": "none/*.jsonl"}],
+        **changes,
+    }
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(settings))
+    return path
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "rollback", "prune", "rebuild", "evaluate"])
+def test_a_missing_configuration_is_one_line(
+    command: str, msif: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    path = tmp_path / "none.yaml"
+    assert msif(command, path) == (2, f"msif: {path}: no such configuration file\n")
+
+
+def test_a_wrong_key_is_named(msif: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    path = config(tmp_path, worksapce="here")
+    code, error = msif("run", path)
+    assert code == 2
+    assert "worksapce: Extra inputs are not permitted" in error
+
+
+def test_nothing_published_yet(msif: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    code, error = msif("rollback", config(tmp_path))
+    assert (code, error) == (
+        2, f"msif: {(tmp_path / 'workspace').resolve()}: no index is published yet; run `msif run CONFIG` first\n",
+    )  # fmt: skip
+
+
+def test_evaluate_needs_queries(msif: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    code, error = msif("evaluate", config(tmp_path))
+    assert code == 2
+    assert "set `queries`" in error
+
+
+def test_plan_refuses_a_wrong_count(msif: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    code, error = msif("plan", config(tmp_path), "--sequences", "pretrain=many")
+    assert (code, error) == (
+        2, "msif: --sequences pretrain=many: expected STAGE=COUNT, for example pretrain=100000\n",
+    )  # fmt: skip
+
+
+def test_rollback_moves_to_the_parent_and_stops_at_the_first(
+    msif: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    path = config(tmp_path)
+    workspace = Workspace(tmp_path / "workspace")
+    for name, parent in (("one", None), ("two", "one")):
+        storage.write_json(workspace.generations / name / "manifest.json", {"generation": name, "parent": parent})
+    workspace.publish("two")
+    assert msif("rollback", path)[0] == 0
+    assert workspace.published() == "one"
+    assert msif("rollback", path) == (2, "msif: generation one is the first; there is none before it\n")
+
+
+def generation(name: str, factors: str = "f", key: str = "k", codes: tuple[str, ...] = ("a", "b")) -> dict[str, object]:
+    return {"generation": name, "factors": {"pretrain": factors}, "codes_key": key, "codes": list(codes)}
+
+
+def test_a_rebuild_says_which_case_it_met() -> None:
+    old = generation("old")
+    assert what_changed(None, old).startswith("first build")
+    assert what_changed(old, old).startswith("nothing changed")
+    assert what_changed(old, generation("new", factors="g")).startswith("full build")
+    assert what_changed(old, generation("new", key="l")).startswith("all codes anew")
+    assert what_changed(old, generation("new", codes=("a", "c"))).startswith("incremental: 1 of 2 shards")
+
+
+def test_wrong_input_is_not_retried() -> None:
+    from prefect.states import Failed
+
+    from tasks import worth_retrying
+
+    assert not worth_retrying(None, None, Failed(data=InputError("wrong")))
+    assert worth_retrying(None, None, Failed(data=OSError("busy")))

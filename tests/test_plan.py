@@ -1,0 +1,80 @@
+"""Plans against what the models' authors say of them and against a small model built for real."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from msif_core import plan
+from msif_core.config import Config
+from msif_core.curvature.fit import partitions
+from msif_core.errors import InputError
+from msif_core.models import tracked_maps
+from tests.conftest import CONFIGS, make_model
+
+
+def config_of(tmp_path: Path, model: str, **changes: object) -> Config:
+    stage = {"name": "pretrain", "model": model, "documents": str(tmp_path / "*.jsonl")}
+    return Config.model_validate({"workspace": str(tmp_path / "run"), "stages": [stage], **changes})
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [
+        ("EleutherAI/pythia-2.8b", 2_775_208_960),
+        ("EleutherAI/pythia-12b", 11_846_072_320),
+        ("bigscience/bloom-560m", 559_214_592),
+    ],
+)
+def test_known_models_have_their_published_size(model: str, parameters: int, tmp_path: Path) -> None:
+    found = plan.make_plan(config_of(tmp_path, model), "h100")
+    assert found.stages[0].parameters == parameters
+    assert found.stages[0].assumed.startswith("its documents are not here")
+
+
+def test_a_small_model_is_counted_exactly(tmp_path: Path) -> None:
+    CONFIGS["gpt_neox"]().save_pretrained(tmp_path / "model")
+    config = config_of(tmp_path, str(tmp_path / "model"), sketch={"dimensions": 64})
+    found = plan.make_plan(config, "a100", {"pretrain": 5_000})
+    stage = found.stages[0]
+    maps = tracked_maps(make_model("gpt_neox"), config.curvature)
+    assert stage.tracked == sum(m.size for m in maps)
+    entries = sum(m.d_in**2 + m.shape[0] * m.shape[1] ** 2 + m.size for m in maps)
+    assert stage.factor_bytes == 4 * entries
+    assert stage.shards == 3
+    assert stage.partial_bytes == 3 * stage.factor_bytes
+    assert stage.passes == len(list(partitions(maps, config.curvature.memory_budget_gb)))
+    assert found.index_kind == "rabitq"
+    assert found.index_bytes == 5_000 * (8 + 8 + 8)
+    assert found.hours == pytest.approx(sum(step.hours for step in found.steps))
+    assert [step.name for step in found.steps] == ["covariances", "eigenbases", "eigenvalues", "sketches", "one query"]
+
+
+def test_files_are_estimated_from_their_first_records(tmp_path: Path) -> None:
+    rows = [{"id": str(i), "text": "four" * 10} for i in range(2_000)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stage = plan.make_plan(config_of(tmp_path, "bigscience/bloom-560m"), "h100").stages[0]
+    assert stage.sequences == pytest.approx(2_000, rel=0.05)
+    assert stage.tokens == pytest.approx(20_000, rel=0.05)
+    assert stage.assumed == "estimated from the size of its files"
+
+
+def test_twice_the_corpus_takes_twice_the_sketches(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "bigscience/bloom-560m")
+    one, two = (plan.make_plan(config, "h100", {"pretrain": n}).steps for n in (100_000, 200_000))
+    hours = {step.name: step.hours for step in one}
+    for step in two:
+        factor = 2 if step.name == "sketches" else 1
+        if step.name != "eigenbases":  # measured on this machine
+            assert step.hours == pytest.approx(factor * hours[step.name])
+
+
+def test_what_cannot_be_planned_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="device 'abacus' is not known"):
+        plan.make_plan(config_of(tmp_path, "bigscience/bloom-560m"), "abacus")
+    with pytest.raises(InputError, match=r"--sequences names no stage: \['finetune'\]"):
+        plan.make_plan(config_of(tmp_path, "bigscience/bloom-560m"), "h100", {"finetune": 1})
+    with pytest.raises(InputError, match="stage 'pretrain': no configuration of"):
+        plan.make_plan(config_of(tmp_path, str(tmp_path / "nothing")), "h100")
