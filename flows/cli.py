@@ -73,9 +73,10 @@ def run(config: ConfigFile, keep_server: KeepServer = False) -> None:
     from flows.build_index import build_index
 
     settings = Config.load(config)
+    before = published(settings)
     with orchestrated(settings, keep_server):
-        generation = build_index(settings)
-    console.print(f"Published: {generation}")
+        build_index(settings)
+    print_change(settings, before)
     print_recall(settings)
 
 
@@ -126,8 +127,10 @@ def rebuild(
     from flows.rebuild_index import rebuild_index
 
     settings = Config.load(config)
+    before = published(settings)
     with orchestrated(settings, keep_server):
-        console.print(f"Published: {rebuild_index(settings, refit)}")
+        rebuild_index(settings, refit)
+    print_change(settings, before)
 
 
 @app.command()
@@ -252,6 +255,25 @@ def print_attribution(folder: Path, top: int) -> None:
         console.print(table)
     console.print(f"Stored: {folder}")
     console.print(f"Page:   {folder / 'page.html'}")
+
+
+def published(config: Config) -> dict[str, Any] | None:
+    """Manifest of the published generation, None before the first."""
+    from msif_core import storage
+    from msif_core.workspace import Workspace
+
+    workspace = Workspace(config.workspace.resolve())
+    name = workspace.published()
+    return storage.read_json(workspace.generations / name / "manifest.json") if name else None
+
+
+def print_change(config: Config, before: dict[str, Any] | None) -> None:
+    """What a build did, and why."""
+    from flows.rebuild_index import what_changed
+
+    if (after := published(config)) is not None:
+        change = what_changed(before, after)
+        console.print(change[0].upper() + change[1:])
 
 
 def print_recall(config: Config) -> None:

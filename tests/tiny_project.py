@@ -38,7 +38,7 @@ def write_project(folder: Path) -> Path:
     path = folder / "config.yaml"
     settings = {
         "workspace": str(folder / "workspace"), "queries": queries, "stages": stages,
-        "corpus": {"max_length": 24, "shard_sequences": 16}, "sketch": {"dimensions": 512},
+        "corpus": {"max_length": 24, "shard_sequences": 24}, "sketch": {"dimensions": 512},
         "retrieval": {"top_k": 5, "rerank_min": 10, "random_sample": 8}, "compute": {"workers": 2},
     }  # fmt: skip
     path.write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
