@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,11 +34,17 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     silence_telemetry()
     logging.disable(logging.DEBUG)
+    signal.signal(signal.SIGTERM, _leave)
     try:
         app()
     except InputError as error:
         print(f"msif: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _leave(signum: int, _frame: object) -> None:
+    """End by way of every `finally`, so that a local server is stopped too."""
+    raise SystemExit(128 + signum)
 
 
 @contextmanager
