@@ -1,0 +1,1 @@
+"""Performance claims as runnable comparisons."""
