@@ -5,12 +5,18 @@ there is anything to do is decided by the files and their checksums, not by Pref
 result would claim that a file exists that somebody has deleted.
 """
 
+from threading import Lock
 from typing import Any
 
 from msif_core.errors import InputError
 
 ACCELERATOR = "accelerator"
 """Tag of the tasks that run a model; the server limits how many run at a time."""
+
+
+MODEL = Lock()
+"""Held by a task while it runs a model. Threads of one process share a stage's model, and a pass is hooks on that
+model: two passes at a time would read each other's activations. Shards run side by side in separate processes."""
 
 
 def worth_retrying(_task: Any, _run: Any, state: Any) -> bool:

@@ -6,13 +6,14 @@ from prefect import task
 
 from msif_core.config import Config
 from msif_core.pipeline import Pipeline
-from tasks import ACCELERATOR, IO
+from tasks import ACCELERATOR, IO, MODEL
 
 
 @task(task_run_name="covariance-{stage}-{shard:05d}", tags=[ACCELERATOR], **IO)
 def covariance_shard(config: Config, stage: str, shard: int) -> Path:
     """Covariance sums of one shard."""
-    return Pipeline(config).covariance_shard(stage, shard)
+    with MODEL:
+        return Pipeline(config).covariance_shard(stage, shard)
 
 
 @task(task_run_name="eigenbases-{stage}", **IO)
@@ -24,7 +25,8 @@ def combine_covariances(config: Config, stage: str) -> list[Path]:
 @task(task_run_name="eigenvalues-{stage}-{shard:05d}", tags=[ACCELERATOR], **IO)
 def eigenvalue_shard(config: Config, stage: str, shard: int) -> Path:
     """Squared rotated gradients of one shard."""
-    return Pipeline(config).eigenvalue_shard(stage, shard)
+    with MODEL:
+        return Pipeline(config).eigenvalue_shard(stage, shard)
 
 
 @task(task_run_name="factors-{stage}", **IO)

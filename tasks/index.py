@@ -8,25 +8,28 @@ from prefect.artifacts import create_markdown_artifact
 from msif_core import storage
 from msif_core.config import Config
 from msif_core.pipeline import Pipeline
-from tasks import ACCELERATOR, IO
+from tasks import ACCELERATOR, IO, MODEL
 
 
 @task(task_run_name="train-index", tags=[ACCELERATOR], **IO)
 def train_index(config: Config) -> Path:
     """Train the empty index on a sample of sketches."""
-    return Pipeline(config).train_index()
+    with MODEL:
+        return Pipeline(config).train_index()
 
 
 @task(task_run_name="sketch-shard-{shard:05d}", tags=[ACCELERATOR], **IO)
 def index_shard(config: Config, shard: int) -> Path:
     """Codes of one shard's sequences."""
-    return Pipeline(config).index_shard(shard)
+    with MODEL:
+        return Pipeline(config).index_shard(shard)
 
 
 @task(task_run_name="exact-shard-{shard:05d}", tags=[ACCELERATOR], **IO)
 def exact_shard(config: Config, shard: int) -> Path:
     """Exact scores of the held-out queries on one shard, the ground truth of recall."""
-    return Pipeline(config).exact_shard(shard)
+    with MODEL:
+        return Pipeline(config).exact_shard(shard)
 
 
 @task(task_run_name="publish-generation", **IO)

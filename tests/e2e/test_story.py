@@ -15,6 +15,8 @@ import pytest
 
 from flows.cli import main
 from flows.server import server
+from msif_core import storage
+from msif_core.pipeline import Pipeline
 from tests.tiny_project import documents, write_project, write_records
 
 Msif = Callable[..., "Outcome"]
@@ -142,6 +144,25 @@ def test_story(config: Path, url: str, msif: Msif) -> None:
         flows = {name for (name,) in database.execute("select name from flow")}
     assert states == [("COMPLETED",)]
     assert {"build-index", "fit-ekfac", "tokenize-corpus", "sketch-and-publish", "attribute", "rebuild-index"} <= flows
+
+
+def test_two_workers_build_what_the_library_builds(config: Path, url: str, msif: Msif, tmp_path: Path) -> None:
+    """Threads share a stage's model: a pass that reads another's activations would show here."""
+    built = []
+    for name in ("flow", "library"):
+        settings = json.loads(config.read_text()) | {"workspace": str(tmp_path / name)}
+        settings["corpus"]["shard_sequences"] = 6
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(json.dumps(settings))
+        if name == "flow":
+            assert msif("run", path).returncode == 0
+        else:
+            Pipeline.from_config(path).run()
+        files = [
+            p for kind in ("factors", "codes", "exact") for p in (tmp_path / name / kind).rglob("*") if p.is_file()
+        ]
+        built.append({p.relative_to(tmp_path / name): storage.file_digest(p) for p in files})
+    assert built[0] == built[1]
 
 
 def test_a_wrong_record_is_one_message_and_no_retry(config: Path, url: str, msif: Msif, tmp_path: Path) -> None:
