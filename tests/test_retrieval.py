@@ -15,9 +15,7 @@ def test_document_scores_sum_their_sequences_and_keep_the_best():
 
 
 def test_percentile_is_the_share_of_the_sample_below():
-    result = percentiles(
-        np.array([[0.0, 2.5, 9.0]], dtype=np.float32), np.array([[1, 2, 3, 4]], dtype=np.float32)
-    )
+    result = percentiles(np.array([[0.0, 2.5, 9.0]], dtype=np.float32), np.array([[1, 2, 3, 4]], dtype=np.float32))
     np.testing.assert_allclose(result, [[0.0, 50.0, 100.0]])
 
 

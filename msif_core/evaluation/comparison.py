@@ -83,10 +83,7 @@ def compare(pipeline: Pipeline, learning_rate: float, progress: Callable[[int, i
         "queries": len(queries),
         "learning_rate": learning_rate,
         "methods": rows,
-        "ranks": {
-            method: dict(zip(queries.ids, found, strict=True))
-            for method, found in ranks.items()
-        },
+        "ranks": {method: dict(zip(queries.ids, found, strict=True)) for method, found in ranks.items()},
     }
     storage.write_json(pipeline.workspace.evaluations / "comparison.json", result)
     return result
