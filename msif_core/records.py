@@ -158,6 +158,9 @@ def _hub(source: HubDataset) -> Iterator[tuple[str, Record]]:
     except Exception as error:
         raise InputError(f"dataset {source.dataset}: cannot be loaded: {error}") from None
     for number, row in enumerate(rows):
+        missing = [name for name in (source.text, source.id) if name is not None and name not in row]
+        if missing:
+            raise InputError(f"dataset {source.dataset}: no column {missing[0]!r}; it has {sorted(row)}")
         rest = {key: value for key, value in row.items() if key not in (source.text, source.id)}
         key = str(row[source.id]) if source.id else f"{source.dataset}/{source.split}/{number}"
         yield f"dataset {source.dataset}, row {number}", {"id": key, "text": row[source.text], **rest}
