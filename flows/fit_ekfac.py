@@ -9,12 +9,12 @@ from tasks import curvature
 
 @flow(name="fit-ekfac", flow_run_name="fit {config.workspace}")
 def fit_ekfac(config: Config) -> None:
-    """Fit every stage's factors: two passes over the shards, each added up in shard order."""
+    """Fit every stage's factors: two passes over the parts of the sample, each added up in part order."""
     for stage in (stage.name for stage in config.stages):
         if Pipeline(config).fitted(stage):
             continue
-        shards = range(len(Pipeline(config).shards(stage)))
-        curvature.covariance_shard.map(unmapped(config), unmapped(stage), shards).result()
+        parts = range(len(Pipeline(config).fit_parts(stage)))
+        curvature.covariance_part.map(unmapped(config), unmapped(stage), parts).result()
         curvature.combine_covariances(config, stage)
-        curvature.eigenvalue_shard.map(unmapped(config), unmapped(stage), shards).result()
+        curvature.eigenvalue_part.map(unmapped(config), unmapped(stage), parts).result()
         curvature.combine_eigenvalues(config, stage)

@@ -16,7 +16,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         "tokens": [_count(s.tokens) for s in plan.stages],
         "weights": [_bytes(s.model_bytes) for s in plan.stages],
         "factors": [_bytes(s.factor_bytes) for s in plan.stages],
-        "partial sums, until pruned": [f"{_bytes(s.partial_bytes)} in {s.shards} shards" for s in plan.stages],
+        "sums, until the fit is done": [f"{_bytes(s.partial_bytes)} in {s.parts} parts" for s in plan.stages],
         "sweeps per statistic": [str(s.passes) for s in plan.stages],
     }
     for name, values in lines.items():
@@ -27,9 +27,9 @@ def print_plan(plan: Plan, console: Console) -> None:
         operations = step.model_flops + step.statistics_flops + step.eigenbasis_flops
         steps.add_row(step.name, step.stage, f"{operations:.2e}", _time(step.hours))
     console.print(steps)
-    console.print(f"Times are for {plan.rates.device}; eigenbases for this machine's CPU.")
+    console.print(f"Times are for {plan.rates.device}.")
     console.print(f"Index: {plan.index_kind}, {_bytes(plan.index_bytes)}.")
-    console.print(f"Held-out queries' gradients, in memory at one time: {_bytes(plan.query_bytes)}.")
+    console.print(f"Recall: {plan.recall_sweeps} sweeps of its sample, for the queries' gradients to fit the budget.")
     for stage in plan.stages:
         if stage.assumed:
             console.print(f"Stage {stage.name}: {stage.assumed}.")

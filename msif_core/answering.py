@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from msif_core import corpus, index, scoring, storage
 from msif_core.batching import Sequences
@@ -61,16 +60,16 @@ def answer(pipeline: Pipeline, queries: corpus.Queries, top_k: int) -> Path:
     """Attribute `queries` and store the answer; returns the run's folder."""
     started = time.perf_counter()
     generation = Generation.open(pipeline)
-    gradients = pipeline.query_gradients(queries.sequences)
     chain = pipeline.chain()
-    filtered = chain.filter_all(gradients)
-
-    candidates = find_candidates(pipeline, generation, queries, gradients)
+    candidates = find_candidates(pipeline, generation, queries)
     sampled = corpus.sample_documents(generation.corpus_folder, pipeline.config.retrieval.random_sample)
     names = sorted({name for c in candidates for name in c.sources} | set(sampled))
     sequences = generation.sequences_of(names)
-    scores = pipeline.exact_scores(filtered, sequences)
+    scores = pipeline.scores(queries.sequences, sequences)
+    finite = np.isfinite(scores).all(axis=0)  # the others are in quarantine
+    sequences, scores = sequences.take(np.flatnonzero(finite)), scores[:, finite]
     ranked = by_document(scores, sequences.document_ids, sequences.sequence_ids)
+    sampled = sorted(set(sampled) & set(ranked.documents))
 
     run_id = pipeline.workspace.new_run()
     folder = pipeline.workspace.attributions / run_id
@@ -78,7 +77,7 @@ def answer(pipeline: Pipeline, queries: corpus.Queries, top_k: int) -> Path:
     write_table(folder / "influences.parquet", influence_rows(run_id, shown, ranked, candidates, sampled, generation))
     write_table(folder / "queries.parquet", query_rows(pipeline, run_id, queries))
     write_table(folder / "samples.parquet", sample_rows(run_id, queries, ranked, sampled))
-    layers, tokens = contribution_rows(pipeline, run_id, queries, filtered, shown, sequences, scores)
+    layers, tokens = contribution_rows(pipeline, run_id, queries, shown, sequences, scores)
     write_table(folder / "layers.parquet", layers)
     write_table(folder / "tokens.parquet", tokens)
     storage.write_json(
@@ -90,7 +89,7 @@ def answer(pipeline: Pipeline, queries: corpus.Queries, top_k: int) -> Path:
             "generation": generation.manifest["generation"],
             "recall": generation.manifest["recall"],
             "factors": generation.manifest["factors"],
-            "levels": {name: chain.levels(name) for name in filtered},
+            "levels": {name: chain.levels(name) for name in sorted(set(layers["map"]))},
             "settings": pipeline.config.model_dump(mode="json"),
             "n_queries": len(queries),
             "n_rescored": len(sequences),
@@ -99,9 +98,7 @@ def answer(pipeline: Pipeline, queries: corpus.Queries, top_k: int) -> Path:
     return folder
 
 
-def find_candidates(
-    pipeline: Pipeline, generation: Generation, queries: corpus.Queries, gradients: dict[str, torch.Tensor]
-) -> list[Candidates]:
+def find_candidates(pipeline: Pipeline, generation: Generation, queries: corpus.Queries) -> list[Candidates]:
     """Candidates of each query: the gradient index from both ends, and BM25, as configured."""
     settings = pipeline.config.retrieval
     count = int(
@@ -113,7 +110,7 @@ def find_candidates(
     )
     found = [Candidates() for _ in range(len(queries))]
     if settings.candidates in ("gradient", "both"):
-        psi = pipeline.sketcher().queries(gradients, pipeline.chain())
+        psi = pipeline.query_sketches(queries.sequences)
         for side, k in ((psi, count), (-psi, max(1, int(count * OPPONENT_SHARE)))):
             _, ids = generation.index.search(side, k)
             for candidate, row in zip(found, ids, strict=True):
@@ -140,7 +137,9 @@ class Shown:
         column = {name: i for i, name in enumerate(ranked.documents)}
         chosen = []
         for q, candidate in enumerate(candidates):
-            own = sorted((column[name] for name in candidate.sources), key=lambda c: -ranked.total[q, c])
+            own = sorted(
+                (column[name] for name in candidate.sources if name in column), key=lambda c: -ranked.total[q, c]
+            )
             positive = [c for c in own if ranked.total[q, c] > 0][:top_k]
             negative = [c for c in reversed(own) if ranked.total[q, c] < 0][: max(1, int(top_k * OPPONENT_SHARE))]
             chosen.append(positive + negative)
@@ -217,43 +216,51 @@ def contribution_rows(
     pipeline: Pipeline,
     run_id: str,
     queries: corpus.Queries,
-    filtered: dict[str, torch.Tensor],
     shown: Shown,
     sequences: Sequences,
     scores: np.ndarray,
 ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
     """Rows of layers.parquet and tokens.parquet, for the shown documents' best sequences."""
-    target = pipeline.config.stage(pipeline.target)
-    tokenizer = pipeline.tokenizer(target.name)
+    tokenizer = pipeline.tokenizer(pipeline.target)
     documents = sorted(set(sequences.document_ids))
     rows_of: dict[str, list[int]] = {}
     for row, name in enumerate(sequences.document_ids):
         rows_of.setdefault(name, []).append(row)
+    names = [[documents[c] for c in columns] for columns in shown.columns]
+    best = [
+        [max(rows_of[name], key=lambda row: float(scores[q, row])) for name in found] for q, found in enumerate(names)
+    ]
     layers: dict[str, list[Any]] = {key: [] for key in LAYERS.names}
+    by_token = [[np.zeros(len(sequences.input_ids[row]), np.float32) for row in rows] for rows in best]
+    target, chain = pipeline.config.stage(pipeline.target), pipeline.chain()
+    for rows, gradients in pipeline.query_gradients(queries.sequences):
+        filtered = chain.filter_all(gradients)
+        for i, q in enumerate(range(*rows.indices(len(queries)))):
+            by_map, parts = scoring.contributions(
+                pipeline.model(target.name),
+                pipeline.maps(target.name),
+                {name: v[i : i + 1] for name, v in filtered.items()},
+                sequences.take(np.asarray(best[q])),
+                pipeline.batch_tokens,
+                task=target.task,
+            )
+            for k, name in enumerate(names[q]):
+                by_token[q][k] += parts[k]
+                for map_name, value in by_map[k].items():
+                    _append(layers, (run_id, shown.query_ids[q], name, map_name, value))
     tokens: dict[str, list[Any]] = {key: [] for key in TOKENS.names}
-    for q, columns in enumerate(shown.columns):
-        names = [documents[c] for c in columns]
-        best = [max(rows_of[name], key=lambda row: float(scores[q, row])) for name in names]
-        own = {name: v[q : q + 1] for name, v in filtered.items()}
-        by_map, by_token = scoring.contributions(
-            pipeline.model(target.name),
-            pipeline.maps(target.name),
-            own,
-            sequences.take(np.asarray(best)),
-            pipeline.batch_tokens,
-            task=target.task,
-        )
-        for i, name in enumerate(names):
-            for map_name, value in by_map[i].items():
-                for key, cell in zip(LAYERS.names, (run_id, shown.query_ids[q], name, map_name, value), strict=True):
-                    layers[key].append(cell)
-            ids = sequences.input_ids[best[i]]
-            for position, (token_id, value) in enumerate(zip(ids, by_token[i], strict=True)):
+    for q, found in enumerate(names):
+        for k, name in enumerate(found):
+            ids = sequences.input_ids[best[q][k]]
+            for position, (token_id, part) in enumerate(zip(ids, by_token[q][k], strict=True)):
                 text = tokenizer.decode([int(token_id)]) if tokenizer is not None else str(int(token_id))
-                values = (run_id, shown.query_ids[q], name, position, text, float(value), "document")
-                for key, cell in zip(TOKENS.names, values, strict=True):
-                    tokens[key].append(cell)
+                _append(tokens, (run_id, shown.query_ids[q], name, position, text, float(part), "document"))
     return layers, tokens
+
+
+def _append(columns: dict[str, list[Any]], row: tuple[Any, ...]) -> None:
+    for column, cell in zip(columns.values(), row, strict=True):
+        column.append(cell)
 
 
 def write_table(path: Path, rows: dict[str, list[Any]]) -> None:

@@ -105,6 +105,9 @@ class CurvatureSettings(Settings):
     track_unembedding: bool = Field(False, description="Track the output head too.")
     include: str = Field(".*", description="Regular expression: names of the modules to track.")
     seed: int = Field(0, description="Seed of the sampled labels and of the sample of sequences.")
+    part_sequences: int = Field(
+        2048, ge=1, description="Sequences of the sample whose sums share a file: what a kill loses at most."
+    )
     memory_budget_gb: float = Field(8.0, gt=0, description="Memory for the statistics held at one time.")
 
 

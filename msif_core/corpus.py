@@ -285,6 +285,12 @@ def read_shard(path: Path) -> Sequences:
     return _sequences(read_table(path))
 
 
+def read_rows(paths: Sequence[Path], rows_of: Callable[[list[str]], npt.NDArray[np.int64]]) -> Sequences:
+    """The sequences of shard files at the rows that `rows_of(fingerprints)` picks of each."""
+    tables = ((table, rows_of(table["fingerprint"].to_pylist())) for table in map(read_table, paths))
+    return _sequences(pa.concat_tables([table.take(rows) for table, rows in tables]))
+
+
 def _sequences(table: pa.Table) -> Sequences:
     def lists(name: str) -> list[npt.NDArray[np.int32]]:
         column = table[name].combine_chunks()

@@ -17,6 +17,7 @@ import torch
 
 from msif_core import answering, catalog, corpus, index, records, storage
 from msif_core.attribution import Attribution
+from msif_core.batching import Sequences
 from msif_core.errors import InputError
 from msif_core.evaluation.recall import recall_at_k
 from msif_core.lexical import LexicalIndex
@@ -45,6 +46,14 @@ class Pipeline(Stages):
         task = self.config.stage(self.target).task
         spectral = self.curvature(self.target).filter
         return Sketcher(self.maps(self.target), self.factors(self.target), spectral, self.config.sketch, task)
+
+    def query_sketches(self, queries: Sequences) -> FloatArray:
+        """Psi of the queries, float32 [Q, dimensions]: sketches are linear, so those of some maps add up."""
+        sketcher, chain = self.sketcher(), self.chain()
+        psi = np.zeros((len(queries), self.config.sketch.dimensions), dtype=np.float32)
+        for rows, gradients in self.query_gradients(queries):
+            psi[rows] += sketcher.queries(gradients, chain)
+        return psi
 
     def codes_folder(self) -> Path:
         """Folder of the codes that these factors, this filter and this sketch give."""
@@ -125,12 +134,15 @@ class Pipeline(Stages):
         key = storage.fingerprint(queries.sequences.fingerprints, chain_key, filters, storage.file_digest(source))
 
         def build(path: Path) -> None:
-            raw = self.query_gradients(queries.sequences)
-            filtered = self.chain().filter_all(raw)
-            both = {name: torch.cat([v, raw[name].to(v.dtype)]) for name, v in filtered.items()}
-            scores = self.exact_scores(both, corpus.read_shard(source))
+            documents = corpus.read_shard(source)
+            scores = np.zeros((2, len(queries), len(documents)))
+            for rows, raw in self.query_gradients(queries.sequences):
+                filtered = self.chain().filter_all(raw)
+                both = {name: torch.cat([v, raw[name].to(v.dtype)]) for name, v in filtered.items()}
+                scores[:, rows] += self.exact_scores(both, documents).reshape(2, -1, len(documents))
             with open(path, "wb") as handle:
-                np.save(handle, scores.reshape(2, len(queries), -1))
+                # A sequence whose gradient is not finite is in quarantine: it ranks last.
+                np.save(handle, np.where(np.isfinite(scores), scores, -np.inf).astype(np.float32))
 
         return storage.build_once(self.workspace.root / "exact" / f"{source.stem}-{key}.npy", build)
 
@@ -143,7 +155,7 @@ class Pipeline(Stages):
         exact = np.concatenate([np.load(self.exact_shard(shard))[0] for shard in shards], axis=1)
         ids = np.concatenate([corpus.read_shard(self.shards(self.target)[s]).sequence_ids for s in shards])
         found = index.Index([self.index_shard(shard) for shard in shards], self.config.index)
-        psi = self.sketcher().queries(self.query_gradients(queries.sequences), self.chain())
+        psi = self.query_sketches(queries.sequences)
         shares = (0.005, 0.01, 0.02, 0.05, 0.1)
         _, retrieved = found.search(psi, max(10, int(len(ids) * shares[-1])))
         return {
@@ -221,14 +233,14 @@ class Pipeline(Stages):
             self.tokenize(stage)
             if self.fitted(stage):
                 continue
-            shards = range(len(self.shards(stage)))
+            parts = len(self.fit_parts(stage))
             for step, finish in (
-                (self.covariance_shard, self.combine_covariances),
-                (self.eigenvalue_shard, self.combine_eigenvalues),
+                (self.covariance_part, self.combine_covariances),
+                (self.eigenvalue_part, self.combine_eigenvalues),
             ):
-                for shard in shards:
-                    step(stage, shard)
-                    self.progress(f"{step.__name__} {stage}", shard + 1, len(shards))
+                for part in range(parts):
+                    step(stage, part)
+                    self.progress(f"{step.__name__} {stage}", part + 1, parts)
                 finish(stage)
         self.train_index()
         count = len(self.shards(self.target))
@@ -246,13 +258,13 @@ class Pipeline(Stages):
 
     def score(self, queries: Path | Sequence[dict[str, Any]], documents: Path | Sequence[dict[str, Any]]) -> FloatArray:
         """Exact scores of given documents, float32 [n_queries, n_documents], in the records' order."""
-        filtered = self.filtered(self.read_queries(queries).sequences)
+        asked = self.read_queries(queries).sequences
         target = self.config.stage(self.target)
         found = records.read_list(documents)
         sequences, rows = corpus.encode_list(
             found, self.tokenizer(self.target), self.max_length(self.target), target.task
         )
-        scores = self.exact_scores(filtered, sequences)
+        scores = self.scores(asked, sequences)
         total = np.zeros((len(scores), len(found)), dtype=np.float64)
         np.add.at(total.T, rows, scores.T)
         return total.astype(np.float32)

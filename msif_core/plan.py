@@ -7,8 +7,7 @@ the code does (METHOD section 6), one multiply-add counted as two.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,22 +21,15 @@ from transformers.pytorch_utils import Conv1D
 from msif_core import records, storage
 from msif_core.config import Config, HubDataset, Stage
 from msif_core.curvature.fit import partitions
+from msif_core.devices import EIGH_FLOPS, Rates, rates
 from msif_core.errors import InputError
 from msif_core.index import kind_for
 from msif_core.models import TrackedMap, coverage, tracked_maps
+from msif_core.scoring import query_groups
 from msif_core.workspace import Workspace
 
 CHARACTERS_PER_TOKEN = 4.0
 """Of English text; used until a stage is tokenized."""
-
-EIGH_FLOPS = 9.0
-"""Operations of a symmetric eigendecomposition with vectors, divided by n^3."""
-
-UTILISATION = 0.4
-"""Share of the peak rate that is assumed of a device that is not measured."""
-
-PEAKS = {"a100": (312e12, 19.5e12), "h100": (989e12, 67e12), "h200": (989e12, 67e12)}
-"""Operations a second of a 16-bit and of a 32-bit matrix product (data sheets, no sparsity, no TF32)."""
 
 _PYTHIA = {"model_type": "gpt_neox", "rotary_pct": 0.25, "max_position_embeddings": 2048, "use_parallel_residual": True}
 _BLOOM = {"model_type": "bloom", "vocab_size": 250880, "hidden_size": 1024, "n_layer": 24, "n_head": 16}
@@ -58,16 +50,6 @@ KNOWN: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Rates:
-    """Operations a second: of the model's products, of the float32 statistics, of float64 eigenbases."""
-
-    device: str
-    model: float
-    statistics: float
-    eigenbases: float
-
-
-@dataclass(frozen=True)
 class StagePlan:
     """A stage's size; `assumed` says what of its corpus is not known yet, empty where it is tokenized."""
 
@@ -78,6 +60,7 @@ class StagePlan:
     sequences: int
     tokens: int
     shards: int
+    parts: int
     passes: int
     factor_bytes: int
     partial_bytes: int
@@ -99,14 +82,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """All of it; `index_bytes` are the published codes, `query_bytes` the held-out queries' gradients in memory."""
+    """All of it; `index_bytes` are the published codes, `recall_sweeps` the passes over the sample of recall."""
 
     rates: Rates
     stages: tuple[StagePlan, ...]
     steps: tuple[Step, ...]
     index_kind: str
     index_bytes: int
-    query_bytes: int
+    recall_sweeps: int
 
     @property
     def hours(self) -> float:
@@ -139,17 +122,17 @@ def make_plan(config: Config, device: str = "measure", sequences: Mapping[str, i
         steps += fit_steps(config, *works[stage.name])
     target, goal = works[config.attribute_to]
     last, _ = works[config.stages[-1].name]
-    steps += index_steps(config, target, goal)
+    sweeps = query_sweeps(config, last, config.index.recall_queries if config.queries else 0)
+    steps += index_steps(config, target, goal, sweeps)
     steps.append(attribute_step(config, last, target, goal))
     kind = kind_for(config.index, goal.sequences)
-    queries = config.index.recall_queries if config.queries else 1
     return Plan(
         rates=speed,
         stages=tuple(stages),
         steps=tuple(_timed(step, speed) for step in steps),
         index_kind=kind,
         index_bytes=goal.sequences * code_bytes(config, kind),
-        query_bytes=queries * stages[-1].tracked * _width(config),
+        recall_sweeps=sweeps,
     )
 
 
@@ -191,6 +174,7 @@ def stage_plan(config: Config, stage: Stage, model: nn.Module, maps: list[Tracke
     inputs = {m.input_group: m.d_in for m in maps}
     covariances = sum(d * d for d in inputs.values()) + sum(m.groups * _block(m) ** 2 for m in maps)
     width = _width(config)
+    parts = math.ceil(min(config.curvature.max_sequences, count) / config.curvature.part_sequences)
     return StagePlan(
         name=stage.name,
         parameters=total,
@@ -199,9 +183,10 @@ def stage_plan(config: Config, stage: Stage, model: nn.Module, maps: list[Tracke
         sequences=count,
         tokens=tokens,
         shards=shards,
+        parts=parts,
         passes=len(list(partitions(maps, config.curvature.memory_budget_gb))),
         factor_bytes=(covariances + tracked) * width,
-        partial_bytes=shards * (covariances + tracked) * width,
+        partial_bytes=parts * (covariances + tracked) * width,
         model_bytes=total * getattr(torch, config.compute.dtype).itemsize,
         assumed=assumed,
     )
@@ -315,14 +300,19 @@ def fit_steps(config: Config, work: _Work, size: StagePlan) -> list[Step]:
     ]
 
 
-def index_steps(config: Config, work: _Work, size: StagePlan) -> list[Step]:
+def query_sweeps(config: Config, last: _Work, queries: int) -> int:
+    """Passes over the documents that scoring `queries` takes: their gradients stream through the memory budget."""
+    return len(list(query_groups(last.maps, queries, config.curvature.memory_budget_gb)))
+
+
+def index_steps(config: Config, work: _Work, size: StagePlan, sweeps: int) -> list[Step]:
     """Sketches of the attributed stage, and the exact scores that measure recall."""
     sketch = work.rotation() + work.gradients() + 3.0 * work.tracked() + work.hadamard
     steps = [Step("sketches", size.name, size.sequences * work.forward_backward(), size.sequences * sketch)]
-    if config.queries and config.index.recall_queries:
+    if sweeps:
         count = min(config.index.recall_sample, size.sequences)
         scoring = work.gradients() + 2.0 * config.index.recall_queries * work.tracked()
-        steps.append(Step("recall", size.name, count * work.forward_backward(), count * scoring))
+        steps.append(Step("recall", size.name, count * sweeps * work.forward_backward(), count * scoring))
     return steps
 
 
@@ -336,46 +326,9 @@ def attribute_step(config: Config, last: _Work, target: _Work, size: StagePlan) 
     return Step(
         "one query",
         size.name,
-        last.forward_backward() + count * target.forward_backward(),
+        last.forward_backward() + count * query_sweeps(config, last, 1) * target.forward_backward(),
         last.gradients() + chain + count * (target.gradients() + 2.0 * target.tracked()),
     )
-
-
-def rates(config: Config, device: str) -> Rates:
-    """Of a device by name, or measured on this machine; eigenbases are always this machine's CPU."""
-    eigenbases = _measure_eigh()
-    if device == "measure":
-        name = config.compute.device
-        name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-        model = _measure(name, getattr(torch, config.compute.dtype))
-        return Rates(f"{name}, measured", model, _measure(name, torch.float32), eigenbases)
-    if device not in PEAKS:
-        raise InputError(f"device {device!r} is not known: measure, {', '.join(sorted(PEAKS))}")
-    half, single = (UTILISATION * peak for peak in PEAKS[device])
-    model = half if config.compute.dtype in ("bfloat16", "float16") else single
-    return Rates(f"{device} at {UTILISATION:.0%} of its peak", model, single, eigenbases)
-
-
-def _measure(device: str, dtype: torch.dtype) -> float:
-    """Best rate of a square matrix product."""
-    n = 4096 if device.startswith("cuda") else 768
-    x = torch.randn(n, n).to(device, dtype)
-    return 2.0 * n**3 / _best(lambda: (x @ x)[0, 0].item())
-
-
-def _measure_eigh() -> float:
-    n = 384
-    x = torch.randn(n, n, dtype=torch.float64)
-    return EIGH_FLOPS * n**3 / _best(lambda: torch.linalg.eigh(x + x.mT))
-
-
-def _best(run: Callable[[], object], repeats: int = 5) -> float:
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return min(times)
 
 
 def code_bytes(config: Config, kind: str) -> int:

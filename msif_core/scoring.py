@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,12 +12,32 @@ from torch import nn
 from msif_core.batching import Batch, Sequences, batches
 from msif_core.capture import capture, forward
 from msif_core.curvature.fit import gradient_chunks, per_sequence_gradients, sum_dtype
-from msif_core.errors import InputError
 from msif_core.losses import target_loss, target_losses
 from msif_core.models import TrackedMap
 
 FloatArray = npt.NDArray[np.float32]
 Gradients = dict[str, torch.Tensor]
+
+COPIES = 3
+"""Of a query's gradient that are held at one time: raw, filtered, and one on the way."""
+
+
+def query_groups(maps: list[TrackedMap], queries: int, budget_gb: float) -> Iterator[tuple[slice, list[TrackedMap]]]:
+    """Cut `queries` x maps into blocks whose gradients, raw and filtered, fit the budget (or are as small as can be).
+
+    As many queries together as the largest map allows, then as many maps together as fit for those.
+    """
+    largest = max(m.size for m in maps)
+    step = max(1, min(queries, int(budget_gb / (COPIES * 4e-9 * largest))))
+    for start in range(0, queries, step):
+        rows = slice(start, min(start + step, queries))
+        group: list[TrackedMap] = []
+        for m in maps:
+            if group and COPIES * 4e-9 * (rows.stop - start) * (sum(g.size for g in group) + m.size) > budget_gb:
+                yield rows, group
+                group = []
+            group.append(m)
+        yield rows, group
 
 
 def query_gradients(
@@ -45,16 +65,11 @@ def score_sequences(
     batch_tokens: int,
     *,
     task: str,
-) -> FloatArray:
+) -> npt.NDArray[np.float64]:
     """Exact scores [Q, N]: the inner products of filtered query gradients and sequence gradients.
 
     One query is contracted with the tokens; several share the sequence's gradient, formed once.
-
-    Raises:
-        InputError: no map is left, as the stages share none.
     """  # fmt: skip
-    if not filtered:
-        raise InputError("no tracked map of the last stage is found in every stage below it: nothing to score with")
     device, dtype = next(model.parameters()).device, sum_dtype(model)
     maps = [m for m in maps if m.name in filtered]
     queries = next(iter(filtered.values())).shape[0]
@@ -73,7 +88,7 @@ def score_sequences(
 
         capture(model, maps, batch, target_loss(task), consume)
         scores[:, batch.rows] = total.cpu().numpy()
-    return scores.astype(np.float32)
+    return scores
 
 
 def token_products(m: TrackedMap, V: torch.Tensor, a: torch.Tensor, d: torch.Tensor) -> torch.Tensor:

@@ -6,11 +6,14 @@ stands, so each can be killed and called again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from msif_core import corpus, models, scoring, storage
@@ -19,7 +22,10 @@ from msif_core.chain import Chain, FilteredStage
 from msif_core.config import Config
 from msif_core.curvature import filters, fit
 from msif_core.curvature.factors import Factors
+from msif_core.curvature.steps import Fit
+from msif_core.errors import InputError
 from msif_core.retrieval import FloatArray
+from msif_core.scoring import Gradients
 from msif_core.workspace import Workspace
 
 Progress = Callable[[str, int, int], None]
@@ -140,53 +146,62 @@ class Stages:
         """Folder of the stage's factors."""
         return self.workspace.factors(self.factors_fingerprint(stage))
 
-    def fit_sample(self, stage: str, shard: int) -> Sequences:
-        """The shard's part of the random sample that the fit uses."""
-        sequences = corpus.read_shard(self.shards(stage)[shard])
-        share = min(1.0, self.config.curvature.max_sequences / self.sequence_count(stage))
-        return sequences.take(fit.sample_rows(sequences.fingerprints, share, self.config.curvature.seed))
+    def fit_parts(self, stage: str) -> list[list[Path]]:
+        """The shards, in runs that hold about `curvature.part_sequences` sequences of the fit's sample each."""
+        entries = self.corpus_manifest(stage)["shards"]
+        share = self.fit_share(stage)
+        before = np.cumsum([0, *(share * entry["n_sequences"] for entry in entries)])[:-1]
+        part = (before // self.config.curvature.part_sequences).astype(int)
+        shards = self.shards(stage)
+        return [[shards[row] for row in np.flatnonzero(part == number)] for number in np.unique(part)]
 
-    def covariance_shard(self, stage: str, shard: int) -> Path:
-        """Sum a a^T and d d^T over one shard's part of the sample."""
-        path = self.factors_folder(stage) / "partial" / f"covariance-{shard:05d}.safetensors"
-        if storage.is_whole(path):
-            return path
-        return fit.covariance_shard(
-            self.model(stage),
-            self.maps(stage),
-            self.fit_sample(stage, shard),
-            path,
-            **self._fit_options(stage),
-        )
+    def fit_share(self, stage: str) -> float:
+        """Share of the stage's sequences that the fit uses."""
+        return min(1.0, self.config.curvature.max_sequences / max(1, self.sequence_count(stage)))
+
+    def fit_sample(self, stage: str, part: int) -> Sequences:
+        """One part of the random sample that the fit uses."""
+        share, seed = self.fit_share(stage), self.config.curvature.seed
+        return corpus.read_rows(self.fit_parts(stage)[part], lambda names: fit.sample_rows(names, share, seed))
+
+    def covariance_part(self, stage: str, part: int) -> list[Path]:
+        """Sum a a^T and d d^T over one part of the sample."""
+        return self.fit(stage).covariances(part, self.fit_sample(stage, part))
 
     def combine_covariances(self, stage: str) -> list[Path]:
-        """Add the shards' sums and diagonalise them; returns the files of the eigenbases."""
-        paths = [self.covariance_shard(stage, shard) for shard in range(len(self.shards(stage)))]
-        return fit.combine_covariances(paths, self.maps(stage), self.factors_folder(stage))
+        """Add the parts' sums and diagonalise them; returns the files of the eigenbases."""
+        return self.fit(stage).eigenbases(len(self.fit_parts(stage)))
 
-    def eigenvalue_shard(self, stage: str, shard: int) -> Path:
-        """Sum the squared rotated gradients of one shard's part of the sample."""
-        folder = self.factors_folder(stage)
-        path = folder / "partial" / f"eigenvalues-{shard:05d}.safetensors"
-        if storage.is_whole(path):
-            return path
-        return fit.eigenvalue_shard(
-            self.model(stage), self.maps(stage), self.fit_sample(stage, shard), path,
-            folder=folder, **self._fit_options(stage),
-        )  # fmt: skip
+    def eigenvalue_part(self, stage: str, part: int) -> list[Path]:
+        """Sum the squared rotated gradients of one part of the sample."""
+        return self.fit(stage).eigenvalues(part, self.fit_sample(stage, part))
 
     def combine_eigenvalues(self, stage: str) -> Path:
-        """Add the shards' sums into the corrected eigenvalues; returns the finished factors' folder."""
-        paths = [self.eigenvalue_shard(stage, shard) for shard in range(len(self.shards(stage)))]
-        return fit.combine_eigenvalues(paths, self.maps(stage), self.factors_folder(stage))
+        """Add the parts' sums into the corrected eigenvalues; returns the finished factors' folder.
 
-    def _fit_options(self, stage: str) -> dict[str, Any]:
-        return {
-            "task": self.config.stage(stage).task,
-            "seed": self.config.curvature.seed,
-            "batch_tokens": self.config.compute.batch_tokens,
-            "budget_gb": self.config.curvature.memory_budget_gb,
-        }
+        The parts' sums are of no more use then, and many times the factors' size: they are removed.
+        """
+        folder = self.fit(stage).finish(len(self.fit_parts(stage)))
+        for partial in folder.glob("partial-*"):
+            shutil.rmtree(partial)
+        return folder
+
+    def fit(self, stage: str) -> Fit:
+        """The stage's fit; documents whose gradients are not finite go into the corpus's quarantine."""
+
+        def quarantine(part: int, documents: list[str]) -> None:
+            corpus.quarantine(self.workspace.corpus(stage), f"fit-{part:05d}", documents, "the gradient is not finite")
+
+        return Fit(
+            self.model(stage),
+            self.maps(stage),
+            self.factors_folder(stage),
+            self.config.stage(stage).task,
+            self.config.curvature.seed,
+            self.config.compute.batch_tokens,
+            self.config.curvature.memory_budget_gb,
+            quarantine,
+        )
 
     def fitted(self, stage: str) -> bool:
         """Whether the stage's factors are finished (and, being pinned, stay as they are)."""
@@ -213,19 +228,36 @@ class Stages:
         last = self.config.stages[-1].name
         return corpus.load_queries(source, self.tokenizer(last), self.max_length(last), self.config.stages[-1].task)
 
-    def query_gradients(self, sequences: Sequences) -> dict[str, torch.Tensor]:
-        """Gradients of the queries' losses at the last stage: map name to [Q, G, b, d_in]."""
+    def query_gradients(self, queries: Sequences) -> Iterator[tuple[slice, Gradients]]:
+        """Gradients of the queries' losses at the last stage: some queries' and some maps' at a time.
+
+        Each item is the queries' slice and map name to [Q, G, b, d_in], within `curvature.memory_budget_gb`
+        together with their filtered copies. One pass of those queries for each item.
+        """
         last = self.config.stages[-1]
-        return scoring.query_gradients(
-            self.model(last.name), self.maps(last.name), sequences, self.batch_tokens, task=last.task
-        )
+        model, maps = self.model(last.name), self.maps(last.name)
+        for rows, group in scoring.query_groups(maps, len(queries), self.config.curvature.memory_budget_gb):
+            some = queries.take(np.arange(len(queries))[rows])
+            yield rows, scoring.query_gradients(model, group, some, self.batch_tokens, task=last.task)
 
-    def filtered(self, sequences: Sequences) -> dict[str, torch.Tensor]:
-        """The queries' gradients passed down the chain; maps without a parent stage drop out."""
-        return self.chain().filter_all(self.query_gradients(sequences))
+    def scores(self, queries: Sequences, documents: Sequences) -> FloatArray:
+        """Exact scores of the attributed stage's sequences, float32 [Q, N].
 
-    def exact_scores(self, filtered: dict[str, torch.Tensor], sequences: Sequences) -> FloatArray:
-        """Exact scores of the attributed stage's sequences, float32 [Q, N]."""
+        Raises:
+            InputError: the last stage and the attributed one share no map.
+        """
+        total = np.zeros((len(queries), len(documents)))
+        chain, shared = self.chain(), 0
+        for rows, gradients in self.query_gradients(queries):
+            filtered = chain.filter_all(gradients)
+            shared += len(filtered)
+            total[rows] += self.exact_scores(filtered, documents) if filtered else 0.0
+        if not shared:
+            raise InputError("no tracked map of the last stage is found in every stage below it: nothing to score with")
+        return total.astype(np.float32)
+
+    def exact_scores(self, filtered: Gradients, sequences: Sequences) -> npt.NDArray[np.float64]:
+        """The part of the exact scores of the attributed stage's sequences that these maps give, [Q, N]."""
         target = self.config.stage(self.config.attribute_to)
         return scoring.score_sequences(
             self.model(target.name),

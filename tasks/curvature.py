@@ -1,4 +1,4 @@
-"""The EK-FAC fit: two passes over the shards, each followed by a sum."""
+"""The EK-FAC fit: two passes over the parts of the sample, each followed by a sum."""
 
 from pathlib import Path
 
@@ -9,24 +9,24 @@ from msif_core.pipeline import Pipeline
 from tasks import ACCELERATOR, IO, MODEL
 
 
-@task(task_run_name="covariance-{stage}-{shard:05d}", tags=[ACCELERATOR], **IO)
-def covariance_shard(config: Config, stage: str, shard: int) -> Path:
-    """Covariance sums of one shard."""
+@task(task_run_name="covariance-{stage}-{part:05d}", tags=[ACCELERATOR], **IO)
+def covariance_part(config: Config, stage: str, part: int) -> list[Path]:
+    """Covariance sums of one part."""
     with MODEL:
-        return Pipeline(config).covariance_shard(stage, shard)
+        return Pipeline(config).covariance_part(stage, part)
 
 
 @task(task_run_name="eigenbases-{stage}", **IO)
 def combine_covariances(config: Config, stage: str) -> list[Path]:
-    """Add the shards' sums and diagonalise them."""
+    """Add the parts' sums and diagonalise them."""
     return Pipeline(config).combine_covariances(stage)
 
 
-@task(task_run_name="eigenvalues-{stage}-{shard:05d}", tags=[ACCELERATOR], **IO)
-def eigenvalue_shard(config: Config, stage: str, shard: int) -> Path:
-    """Squared rotated gradients of one shard."""
+@task(task_run_name="eigenvalues-{stage}-{part:05d}", tags=[ACCELERATOR], **IO)
+def eigenvalue_part(config: Config, stage: str, part: int) -> list[Path]:
+    """Squared rotated gradients of one part."""
     with MODEL:
-        return Pipeline(config).eigenvalue_shard(stage, shard)
+        return Pipeline(config).eigenvalue_part(stage, part)
 
 
 @task(task_run_name="factors-{stage}", **IO)

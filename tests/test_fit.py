@@ -12,32 +12,29 @@ import torch
 from safetensors.torch import load_file
 
 from msif_core import storage
-from msif_core.batching import batches
+from msif_core.batching import Sequences, batches
 from msif_core.config import CurvatureSettings
 from msif_core.curvature import fit
 from msif_core.curvature.factors import Factors
 from msif_core.curvature.filters import Damped
+from msif_core.curvature.steps import Fit
 from msif_core.errors import InputError
 from msif_core.losses import Loss, uniforms
 from msif_core.models import TrackedMap, tracked_maps
 from tests.conftest import make_model, make_sequences
 
 OPTIONS: dict[str, Any] = {"task": "causal_lm", "seed": 1, "batch_tokens": 40, "budget_gb": 1.0}
-SHARDS = [make_sequences(6, 1), make_sequences(5, 2)]
+PARTS = [make_sequences(6, 1), make_sequences(5, 2)]
 
 
 def run(model: Any, maps: list[TrackedMap], folder: Path, order: Sequence[int] = (0, 1), **changed: Any) -> Factors:
-    options = OPTIONS | changed
-    covariances = {
-        i: fit.covariance_shard(model, maps, SHARDS[i], folder / f"c{i}.safetensors", **options) for i in order
-    }
-    fit.combine_covariances([covariances[i] for i in range(2)], maps, folder)
-    eigenvalues = {
-        i: fit.eigenvalue_shard(model, maps, SHARDS[i], folder / f"e{i}.safetensors", folder=folder, **options)
-        for i in order
-    }
-    fit.combine_eigenvalues([eigenvalues[i] for i in range(2)], maps, folder)
-    return Factors.open(folder)
+    job = Fit(model, maps, folder, **(OPTIONS | changed))
+    for part in order:
+        job.covariances(part, PARTS[part])
+    job.eigenbases(2)
+    for part in order:
+        job.eigenvalues(part, PARTS[part])
+    return Factors.open(job.finish(2))
 
 
 def same(one: Factors, other: Factors) -> bool:
@@ -71,10 +68,10 @@ def test_bases_are_orthonormal_and_lambda_is_a_mean_over_sequences(
     torch.testing.assert_close(f.Q_A.mT @ f.Q_A, torch.eye(len(f.Q_A)), atol=1e-5, rtol=0)
     sums = [
         fit.eigenvalue_sums(model, maps[:1], {name: f}, s, task="causal_lm", seed=1, batch_tokens=40)[name]
-        for s in SHARDS
+        for s in PARTS
     ]
     torch.testing.assert_close(f.eigenvalues, (sums[0] + sums[1]) / 11)
-    targets = sum(int((row != -100).sum()) for s in SHARDS for row in s.labels)
+    targets = sum(int((row != -100).sum()) for s in PARTS for row in s.labels)
     assert whole.mean_targets == pytest.approx(targets / 11)
     V = torch.randn(2, *maps[0].shape)
     torch.testing.assert_close(f.unrotate(f.rotate(V)), V, atol=1e-4, rtol=1e-4)
@@ -97,7 +94,7 @@ def test_a_killed_run_resumes_bit_for_bit(
     model: Any, maps: list[TrackedMap], whole: Factors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
     """Killed in the first batch, two in between, and the last: what stands is kept, the rest is done again."""
-    total = 2 * sum(len(list(batches(s, OPTIONS["batch_tokens"]))) for s in SHARDS)
+    total = 2 * sum(len(list(batches(s, OPTIONS["batch_tokens"]))) for s in PARTS)
     assert total >= 6
     last, passes = 1 + (total - 1) * stop // 3, 0
     original = fit.capture
@@ -112,7 +109,7 @@ def test_a_killed_run_resumes_bit_for_bit(
     monkeypatch.setattr(fit, "capture", killed)
     with pytest.raises(KeyboardInterrupt):
         run(model, maps, tmp_path)
-    assert not list(tmp_path.glob(".tmp-*"))
+    assert not list(tmp_path.rglob(".tmp-*"))
     monkeypatch.setattr(fit, "capture", original)
     assert same(run(model, maps, tmp_path), whole)
 
@@ -121,7 +118,7 @@ def test_a_finished_run_does_nothing_and_a_corrupt_shard_is_rebuilt(
     model: Any, maps: list[TrackedMap], whole: Factors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(model, maps, tmp_path)
-    path = tmp_path / "c0.safetensors"
+    path = tmp_path / "partial-1GB" / "covariance-00000-000.safetensors"
     good = storage.file_digest(path)
     original = fit.capture
     monkeypatch.setattr(fit, "capture", None)
@@ -136,7 +133,7 @@ def test_shared_inputs_are_stored_once(maps: list[TrackedMap], whole: Factors) -
     files = {entry["input"] for entry in whole.maps.values()}
     assert len(files) == 2 * 4  # q/k/v, o, gate/up, down in each of two layers
     assert len(list(whole.folder.glob("*.input.safetensors"))) == len(files) < len(maps)
-    sums = load_file(whole.folder / "c0.safetensors")
+    sums = load_file(whole.folder / "partial-1GB" / "covariance-00000-000.safetensors")
     assert sum(key.startswith("A/") for key in sums) == len(files)
 
 
@@ -166,10 +163,10 @@ def test_gradients_are_taken_in_chunks(
 ) -> None:
     bases = {m.name: whole[m.name] for m in maps}
     options: dict[str, Any] = {"task": "causal_lm", "seed": 1, "batch_tokens": 1000}
-    one = fit.eigenvalue_sums(model, maps, bases, SHARDS[0], **options)
+    one = fit.eigenvalue_sums(model, maps, bases, PARTS[0], **options)
     monkeypatch.setattr(fit, "CHUNK_ENTRIES", 200)
     assert len(list(fit.gradient_chunks(maps[0], 6))) > 1
-    many = fit.eigenvalue_sums(model, maps, bases, SHARDS[0], **options)
+    many = fit.eigenvalue_sums(model, maps, bases, PARTS[0], **options)
     for name, value in one.items():
         torch.testing.assert_close(many[name], value)
 
@@ -208,5 +205,40 @@ def test_the_second_pass_draws_labels_of_its_own(
     monkeypatch.setattr(fit, "sampled_loss", recorded)
     run(model, maps, tmp_path)
     first, second = dict.fromkeys(seeds)
-    fingerprints = SHARDS[0].fingerprints
+    fingerprints = PARTS[0].fingerprints
     assert not np.isin(uniforms(fingerprints, 50, first), uniforms(fingerprints, 50, second)).any()
+
+
+def poisoned(bad: int, parts: Sequence[Sequences]) -> None:
+    """Give token 3 to `bad` sequences of the second part alone."""
+    for part in parts:
+        for ids in part.input_ids:
+            ids[ids == 3] = 4
+    for ids in parts[1].input_ids[:bad]:
+        ids[1] = 3
+
+
+def test_documents_with_gradients_that_are_not_finite_leave_the_sums(maps: list[TrackedMap], tmp_path: Path) -> None:
+    model = make_model("llama", dtype=torch.float32)
+    parts = [make_sequences(6, 1), make_sequences(5, 2)]
+    poisoned(2, parts)
+    told: list[tuple[int, list[str]]] = []
+
+    def fitted(folder: Path, parts: Sequence[Sequences]) -> Factors:
+        job = Fit(model, maps, folder, **OPTIONS, quarantine=lambda part, names: told.append((part, names)))
+        for i, part in enumerate(parts):
+            job.covariances(i, part)
+        job.eigenbases(2)
+        for i, part in enumerate(parts):
+            job.eigenvalues(i, part)
+        return Factors.open(job.finish(2))
+
+    without = fitted(tmp_path / "without", [parts[0], parts[1].take([2, 3, 4])])
+    assert not told
+    with torch.no_grad():
+        model.get_input_embeddings().weight[3] = float("nan")
+    assert same(fitted(tmp_path / "with", parts), without)
+    assert told == [(1, parts[1].document_ids[:2])]
+    poisoned(4, parts)
+    with pytest.raises(InputError, match=r"document '.*' \(of 4 such"):
+        Fit(model, maps, tmp_path / "most", **OPTIONS).covariances(1, parts[1])

@@ -11,7 +11,6 @@ import torch
 from msif_core import scoring
 from msif_core.config import CurvatureSettings
 from msif_core.curvature import fit
-from msif_core.errors import InputError
 from msif_core.models import TrackedMap, tracked_maps
 from tests.conftest import make_model, make_sequences, task_of
 
@@ -30,7 +29,7 @@ def test_one_query_and_several_give_the_same_scores(
     V, sequences = random_queries(maps, 3), make_sequences(7, task=task)
     several = scoring.score_sequences(model, maps, V, sequences, 1000, task=task)
     assert several.shape == (3, 7)
-    assert several.dtype == np.float32
+    assert several.dtype == np.float64
     gradients = scoring.query_gradients(model, maps, sequences, 1000, task=task)
     expected = sum(V[m.name].flatten(1) @ gradients[m.name].flatten(1).mT for m in maps)
     np.testing.assert_allclose(several, expected.float().numpy(), rtol=1e-5, atol=1e-5)  # type: ignore[union-attr]
@@ -49,12 +48,6 @@ def test_losses_are_those_of_the_sequence_alone(architecture: str, small_models:
     together = scoring.losses(model, sequences, 1000, task=task)
     alone = [scoring.losses(model, sequences.take([i]), 1000, task=task)[0] for i in range(5)]
     np.testing.assert_allclose(together, alone, rtol=1e-6)
-
-
-def test_stages_without_a_shared_map_are_refused() -> None:
-    model = make_model("gpt_neox")
-    with pytest.raises(InputError, match="nothing to score with"):
-        scoring.score_sequences(model, [], {}, make_sequences(2), 100, task="causal_lm")
 
 
 def test_a_wide_head_has_a_block_diagonal_curvature(monkeypatch: pytest.MonkeyPatch) -> None:

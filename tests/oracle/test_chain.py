@@ -7,21 +7,21 @@ import torch
 from msif_core import models, scoring
 from msif_core.chain import Chain, FilteredStage
 from msif_core.config import CurvatureSettings
-from msif_core.curvature import fit
 from msif_core.curvature.factors import Factors
 from msif_core.curvature.filters import Damped
+from msif_core.curvature.steps import Fit
 from tests.conftest import make_model, make_sequences, task_of
 from tests.oracle import dense
 
 
 def fit_factors(model, maps, folder, task, seed):
     """Factors of a model on sequences of its own."""
-    options = {"task": task, "seed": seed, "batch_tokens": 64, "budget_gb": 1.0}
+    job = Fit(model, maps, folder, task, seed, batch_tokens=64, budget_gb=1.0)
     sequences = make_sequences(12, seed, task)
-    sums = fit.covariance_shard(model, maps, sequences, folder / "c.safetensors", **options)
-    fit.combine_covariances([sums], maps, folder)
-    sums = fit.eigenvalue_shard(model, maps, sequences, folder / "e.safetensors", folder=folder, **options)
-    fit.combine_eigenvalues([sums], maps, folder)
+    job.covariances(0, sequences)
+    job.eigenbases(1)
+    job.eigenvalues(0, sequences)
+    job.finish(1)
     return Factors.open(folder)
 
 

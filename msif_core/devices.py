@@ -1,0 +1,70 @@
+"""How fast a device multiplies matrices: measured here, or from its data sheet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from msif_core.config import Config
+from msif_core.errors import InputError
+
+EIGH_FLOPS = 9.0
+"""Operations of a symmetric eigendecomposition with vectors, divided by n^3."""
+
+UTILISATION = 0.4
+"""Share of the peak rate that is assumed of a device that is not measured."""
+
+GPU_EIGENBASES = 0.5e12
+"""Operations a second of a float64 eigendecomposition on a GPU: an assumption, far below the matrix rate."""
+
+PEAKS = {"a100": (312e12, 19.5e12), "h100": (989e12, 67e12), "h200": (989e12, 67e12)}
+"""Operations a second of a 16-bit and of a 32-bit matrix product (data sheets, no sparsity, no TF32)."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Operations a second: of the model's products, of the float32 statistics, of float64 eigenbases."""
+
+    device: str
+    model: float
+    statistics: float
+    eigenbases: float
+
+
+def rates(config: Config, device: str) -> Rates:
+    """Of a device by name, or measured on this machine."""
+    if device == "measure":
+        name = config.compute.device
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+        model = _measure(name, getattr(torch, config.compute.dtype))
+        return Rates(f"{name}, measured", model, _measure(name, torch.float32), _measure_eigh(name))
+    if device not in PEAKS:
+        raise InputError(f"device {device!r} is not known: measure, {', '.join(sorted(PEAKS))}")
+    half, single = (UTILISATION * peak for peak in PEAKS[device])
+    model = half if config.compute.dtype in ("bfloat16", "float16") else single
+    return Rates(f"{device} at {UTILISATION:.0%} of its peak", model, single, GPU_EIGENBASES)
+
+
+def _measure(device: str, dtype: torch.dtype) -> float:
+    """Best rate of a square matrix product."""
+    n = 4096 if device.startswith("cuda") else 768
+    x = torch.randn(n, n).to(device, dtype)
+    return 2.0 * n**3 / _best(lambda: (x @ x)[0, 0].item())
+
+
+def _measure_eigh(device: str) -> float:
+    n = 4096 if device.startswith("cuda") else 384
+    x = torch.randn(n, n, dtype=torch.float64).to(device)
+    return EIGH_FLOPS * n**3 / _best(lambda: torch.linalg.eigh(x + x.mT).eigenvalues[0].item())
+
+
+def _best(run: Callable[[], object], repeats: int = 5) -> float:
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return min(times)

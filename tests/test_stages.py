@@ -1,0 +1,73 @@
+"""Steps of a whole project: memory budgets, stages without a common map, documents that break."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from msif_core import catalog, storage
+from msif_core.config import Config
+from msif_core.errors import InputError
+from msif_core.pipeline import Pipeline
+from tests.tiny_project import write_project
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    config = Config.load(write_project(tmp_path_factory.mktemp("project")))
+    Pipeline(config).run()
+    return config
+
+
+def with_budget(config: Config, gigabytes: float) -> Pipeline:
+    curvature = config.curvature.model_copy(update={"memory_budget_gb": gigabytes})
+    return Pipeline(config.model_copy(update={"curvature": curvature}))
+
+
+def test_queries_stream_through_a_small_budget(config: Config) -> None:
+    queries = with_budget(config, 8.0).held_out()
+    assert queries is not None
+    roomy, tight = (with_budget(config, budget) for budget in (8.0, 2e-5))
+    assert len(list(roomy.query_gradients(queries.sequences))) == 1
+    blocks = [(rows.stop - rows.start, len(some)) for rows, some in tight.query_gradients(queries.sequences)]
+    assert len(blocks) > len(queries) > max(rows for rows, _ in blocks)
+    documents = [json.loads(line) for line in (config.workspace.parent / "documents.jsonl").read_text().splitlines()]
+    asked = Path(config.queries or "")
+    np.testing.assert_allclose(tight.score(asked, documents), roomy.score(asked, documents), rtol=1e-4, atol=1e-4)
+    sketches = [pipeline.query_sketches(queries.sequences) for pipeline in (tight, roomy)]
+    np.testing.assert_allclose(*sketches, rtol=1e-4, atol=1e-5)
+
+
+def test_stages_without_a_shared_map_are_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline(config)
+    monkeypatch.setattr(pipeline, "chain", lambda: SimpleNamespace(filter_all=lambda _: {}))
+    with pytest.raises(InputError, match="nothing to score with"):
+        pipeline.score([{"id": "q", "text": "a kite"}], [{"id": "d", "text": "an oak"}])
+
+
+def test_a_document_that_breaks_is_quarantined_and_the_rest_goes_on(tmp_path: Path) -> None:
+    config = Config.load(write_project(tmp_path))
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text(documents.read_text() + json.dumps({"id": "broken", "text": "A kite of oak: ~~"}) + "\n")
+    pipeline = Pipeline(config)
+    tilde = pipeline.tokenizer("pretrain")("~")["input_ids"][0]
+    weights = tmp_path / "pretrain" / "model.safetensors"
+    tensors = load_file(weights)
+    (name,) = (key for key in tensors if "embed_in" in key)
+    tensors[name][tilde] = torch.nan
+    save_file(tensors, weights, {"format": "pt"})
+
+    pipeline = Pipeline(config)
+    generation = storage.read_json(pipeline.run() / "manifest.json")
+    assert generation["recall"]["recall_at_10"]["0.1"] > 0
+    found = catalog.query(pipeline.workspace.root, "SELECT DISTINCT document_id, reason FROM quarantine")
+    assert found.to_pylist() == [{"document_id": "broken", "reason": "the gradient is not finite"}]
+    answer = pipeline.attribute([{"id": "q", "prompt": "", "completion": "A kite of oak: "}])
+    assert "broken" not in answer.table["document_id"].to_pylist()
+    assert np.isfinite(answer.table["score"].to_numpy()).all()
