@@ -94,7 +94,7 @@ def main() -> None:
             model_flops + rotation + outer,
         ),
         "sketch": (
-            lambda: sketcher.documents(model, sequences, BATCH_TOKENS),
+            lambda: sketcher.documents(model, sequences, BATCH_TOKENS, 8.0),
             model_flops + rotation + outer + 4 * tracked,
         ),
         "exact scores, 1 query": (

@@ -47,6 +47,11 @@ class Pipeline(Stages):
         spectral = self.curvature(self.target).filter
         return Sketcher(self.maps(self.target), self.factors(self.target), spectral, self.config.sketch, task)
 
+    def document_sketches(self, sequences: Sequences) -> FloatArray:
+        """Phi of sequences of the attributed stage, float32 [N, dimensions]."""
+        budget = self.config.curvature.memory_budget_gb
+        return self.sketcher().documents(self.model(self.target), sequences, self.batch_tokens, budget)
+
     def query_sketches(self, queries: Sequences) -> FloatArray:
         """Psi of the queries, float32 [Q, dimensions]: sketches are linear, so those of some maps add up."""
         sketcher, chain = self.sketcher(), self.chain()
@@ -72,7 +77,7 @@ class Pipeline(Stages):
 
         def build(path: Path) -> None:
             sample = corpus.read_shard(self.shards(self.target)[0]).take(np.arange(512))
-            phi = self.sketcher().documents(self.model(self.target), sample, self.batch_tokens)
+            phi = self.document_sketches(sample)
             index.train(phi, self.config.index, self.sequence_count(self.target), path)
 
         return storage.build_once(folder / "trained.faiss", build)
@@ -84,7 +89,7 @@ class Pipeline(Stages):
 
         def build(path: Path) -> None:
             sequences = corpus.read_shard(source)
-            phi = self.sketcher().documents(self.model(self.target), sequences, self.batch_tokens)
+            phi = self.document_sketches(sequences)
             finite = np.isfinite(phi).all(axis=1)
             bad = [sequences.document_ids[row] for row in np.flatnonzero(~finite)]
             corpus.quarantine(source.parent, f"gradients-{source.stem}", bad, "the gradient is not finite")

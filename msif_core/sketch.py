@@ -26,9 +26,9 @@ from msif_core.batching import Sequences, batches
 from msif_core.capture import capture
 from msif_core.chain import Chain
 from msif_core.config import SketchSettings
-from msif_core.curvature.factors import Factors
+from msif_core.curvature.factors import Factors, MapFactors
 from msif_core.curvature.filters import SpectralFilter
-from msif_core.curvature.fit import gradient_chunks, rotated_gradients
+from msif_core.curvature.fit import gradient_chunks, partitions, rotated_gradients
 from msif_core.errors import InputError
 from msif_core.losses import target_loss, uniforms
 from msif_core.models import TrackedMap
@@ -120,24 +120,35 @@ class Sketcher:
         f = self.filter.attributed(self.factors[name].eigenvalues)
         return torch.where(f > 0, f / self.document_weight(name), 0)
 
-    def documents(self, model: nn.Module, sequences: Sequences, batch_tokens: int) -> FloatArray:
-        """Phi of each sequence: float32 [N, dimensions]."""
+    def documents(self, model: nn.Module, sequences: Sequences, batch_tokens: int, budget_gb: float) -> FloatArray:
+        """Phi of each sequence: float32 [N, dimensions].
+
+        Maps whose factors and weights fit the budget together take one pass over the sequences.
+        """
         device = next(model.parameters()).device
-        factors = {m.name: self.factors[m.name] for m in self.maps}
-        weights = {m.name: self._signed(m, self.document_weight(m.name)).to(device) for m in self.maps}
-        phi = np.zeros((len(sequences), self.settings.dimensions), dtype=np.float32)
-        for batch in batches(sequences, batch_tokens, device):
-            folded = torch.zeros(len(batch.rows), self.fold, device=device)
+        folded = torch.zeros(len(sequences), self.fold)
+        for maps in partitions(self.maps, budget_gb):
+            factors = {m.name: self.factors[m.name] for m in maps}
+            weights = {m.name: self._signed(m, self.document_weight(m.name)).to(device) for m in maps}
+            for batch in batches(sequences, batch_tokens, device):
+                found = torch.zeros(len(batch.rows), self.fold, device=device)
 
-            def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, folded: torch.Tensor = folded) -> None:
-                dtype = factors[m.name].Q_A.dtype  # float32, or float64 for a model in float64
-                for part in gradient_chunks(m, len(a)):
-                    rotated = rotated_gradients(a[part].to(dtype), d[part].to(dtype), factors[m.name])
-                    self._add(folded[part], rotated.flatten(1).float().mul_(weights[m.name]), self.offsets[m.name])
+                def consume(
+                    m: TrackedMap,
+                    a: torch.Tensor,
+                    d: torch.Tensor,
+                    found: torch.Tensor = found,
+                    factors: dict[str, MapFactors] = factors,
+                    weights: dict[str, torch.Tensor] = weights,
+                ) -> None:
+                    dtype = factors[m.name].Q_A.dtype  # float32, or float64 for a model in float64
+                    for part in gradient_chunks(m, len(a)):
+                        rotated = rotated_gradients(a[part].to(dtype), d[part].to(dtype), factors[m.name])
+                        self._add(found[part], rotated.flatten(1).float().mul_(weights[m.name]), self.offsets[m.name])
 
-            capture(model, self.maps, batch, target_loss(self.task), consume)
-            phi[batch.rows] = self._mix(folded).cpu().numpy()
-        return phi
+                capture(model, maps, batch, target_loss(self.task), consume)
+                folded[batch.rows] += found.cpu()
+        return self._mix(folded).numpy()
 
     def queries(self, gradients: dict[str, torch.Tensor], chain: Chain) -> FloatArray:
         """Psi of queries whose gradients [Q, G, b, d_in] at the last stage are given: float32 [Q, dimensions]."""

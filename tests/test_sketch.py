@@ -69,7 +69,7 @@ def test_it_is_exact_when_nothing_collides(small_models: dict[str, Any], archite
     total = sum(m.size for m in maps)
     sketcher = make(maps, stages[0].curvature, total + 50, whitening, task=task)
     assert sketcher.fold >= total
-    estimate = sketcher.queries(gradients, chain) @ sketcher.documents(model, documents, BATCH).T
+    estimate = sketcher.queries(gradients, chain) @ sketcher.documents(model, documents, BATCH, 8.0).T
     np.testing.assert_allclose(estimate, exact, rtol=1e-3, atol=1e-4 * np.abs(exact).max())
 
 
@@ -235,20 +235,26 @@ def sketcher(model: Any) -> Sketcher:
 
 def test_batches_order_and_company_do_not_matter(model: Any, sketcher: Sketcher):
     sequences = make_sequences(9, 3)
-    phi = sketcher.documents(model, sequences, 1000)
+    phi = sketcher.documents(model, sequences, 1000, 8.0)
     assert phi.shape == (9, 300)
     assert phi.dtype == np.float32
     tolerance = {"rtol": 1e-4, "atol": 1e-5 * np.abs(phi).max()}
-    np.testing.assert_allclose(sketcher.documents(model, sequences, 1), phi, **tolerance)
+    np.testing.assert_allclose(sketcher.documents(model, sequences, 1, 8.0), phi, **tolerance)
     order = np.random.default_rng(0).permutation(9)
-    np.testing.assert_allclose(sketcher.documents(model, sequences.take(order), 20), phi[order], **tolerance)
+    np.testing.assert_allclose(sketcher.documents(model, sequences.take(order), 20, 8.0), phi[order], **tolerance)
 
 
 def test_chunks_of_gradients_do_not_matter(model: Any, sketcher: Sketcher, monkeypatch: pytest.MonkeyPatch):
     sequences = make_sequences(9, 3)
-    phi = sketcher.documents(model, sequences, 1000)
+    phi = sketcher.documents(model, sequences, 1000, 8.0)
     monkeypatch.setattr("msif_core.curvature.fit.CHUNK_ENTRIES", 1)
-    np.testing.assert_allclose(sketcher.documents(model, sequences, 1000), phi, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(sketcher.documents(model, sequences, 1000, 8.0), phi, rtol=1e-4, atol=1e-4)
+
+
+def test_a_small_budget_takes_more_passes_and_gives_the_same_sketches(model: Any, sketcher: Sketcher):
+    sequences = make_sequences(5, 9)
+    whole, parts = (sketcher.documents(model, sequences, BATCH, budget) for budget in (8.0, 1e-9))
+    np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-5 * np.abs(whole).max())
 
 
 def test_a_query_s_sketch_is_linear(model: Any, sketcher: Sketcher):
