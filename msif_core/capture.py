@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,8 @@ def capture(model: Any, maps: list[TrackedMap], batch: Batch, loss: Loss, consum
     `consume(map, a, d)` gets a [N, T, d_in] (with a final 1 for a bias) and d [N, T, G, b], the gradient of
     the summed loss with respect to the map's output. Rows of `a` that no target depends on are zero:
     padding, and in a causal model the positions from the last target on; d is zero there by itself.
-    Both are freed when `consume` returns. A map that reads one vector a sequence (a pooler, a head) has T = 1.
+    Maps of one input group get the same tensor `a`. Both are freed when they have been consumed. A map that reads
+    one vector a sequence (a pooler, a head) has T = 1.
 
     Raises:
         InputError: a map is called twice in one forward, so that its gradient is not one outer product, or on
@@ -30,6 +32,8 @@ def capture(model: Any, maps: list[TrackedMap], batch: Batch, loss: Loss, consum
     """
     counted = counted_positions(model, batch)
     inputs: dict[str, torch.Tensor] = {}
+    shared: dict[str, torch.Tensor] = {}
+    waiting = Counter(m.input_group for m in maps)
     called: set[str] = set()
     handles = [model.get_input_embeddings().register_forward_hook(_require_grad)]
 
@@ -51,12 +55,14 @@ def capture(model: Any, maps: list[TrackedMap], batch: Batch, loss: Loss, consum
         return hook
 
     def backward_hook(tracked: TrackedMap, gradient: torch.Tensor) -> None:
-        a = inputs.pop(tracked.name)
-        if tracked.bias:
-            a = torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1)
+        a, group = inputs.pop(tracked.name), tracked.input_group
+        if group not in shared:
+            shared[group] = homogeneous(a, counted) if tracked.bias else masked(a, counted)
+        a = shared[group]
+        waiting[group] -= 1
+        if not waiting[group]:
+            del shared[group]
         gradient = gradient[:, None] if gradient.ndim == 2 else gradient
-        if counted is not None and a.shape[1] == counted.shape[1]:
-            a = a * counted.to(a.dtype)
         if tracked.permutation is not None:
             gradient = gradient[..., torch.as_tensor(tracked.permutation, device=gradient.device)]
         consume(tracked, a, gradient.unflatten(-1, tracked.shape[:2]))
@@ -106,6 +112,19 @@ def counted_positions(model: nn.Module, batch: Batch) -> torch.Tensor | None:
         last = ((batch.labels != IGNORED) * position).amax(dim=1, keepdim=True)
         mask = batch.attention_mask.bool() & (position < last)
     return None if bool(mask.all()) else mask[..., None]
+
+
+def masked(a: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
+    """Inputs [N, T, d] that are zero where `counted` [N, T, 1] is not set."""
+    return a if counted is None or a.shape[1] != counted.shape[1] else a * counted.to(a.dtype)
+
+
+def homogeneous(a: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
+    """The same with a last coordinate of one, [N, T, d + 1]."""
+    out = a.new_empty(*a.shape[:-1], a.shape[-1] + 1)
+    out[..., :-1] = a
+    out[..., -1] = 1
+    return out if counted is None or a.shape[1] != counted.shape[1] else out.mul_(counted.to(a.dtype))
 
 
 def is_classifier(model: nn.Module) -> bool:

@@ -11,7 +11,8 @@ from torch import nn
 
 from msif_core.batching import Batch, Sequences, batches
 from msif_core.capture import capture, forward
-from msif_core.curvature.fit import gradient_chunks, per_sequence_gradients, sum_dtype
+from msif_core.curvature.fit import sum_dtype
+from msif_core.curvature.gradients import gradient_chunks, per_sequence_gradients
 from msif_core.losses import target_loss, target_losses
 from msif_core.models import TrackedMap
 

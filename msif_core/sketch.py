@@ -23,18 +23,20 @@ from torch import nn
 
 from msif_core import storage
 from msif_core.batching import Sequences, batches
-from msif_core.capture import capture
+from msif_core.capture import Consume, capture
 from msif_core.chain import Chain
 from msif_core.config import SketchSettings
-from msif_core.curvature.factors import Factors, MapFactors
+from msif_core.curvature.factors import Factors
 from msif_core.curvature.filters import SpectralFilter
-from msif_core.curvature.fit import gradient_chunks, partitions, rotated_gradients
+from msif_core.curvature.fit import partitions
+from msif_core.curvature.gradients import RotatedGradients
 from msif_core.errors import InputError
 from msif_core.losses import target_loss, uniforms
 from msif_core.models import TrackedMap
 
 VERSION = 1
 FloatArray = npt.NDArray[np.float32]
+Gradients = dict[str, torch.Tensor]
 
 
 def fold_length(dimensions: int, widths: set[int]) -> int:
@@ -128,27 +130,22 @@ class Sketcher:
         device = next(model.parameters()).device
         folded = torch.zeros(len(sequences), self.fold)
         for maps in partitions(self.maps, budget_gb):
-            factors = {m.name: self.factors[m.name] for m in maps}
             weights = {m.name: self._signed(m, self.document_weight(m.name)).to(device) for m in maps}
+            rotated = RotatedGradients({m.name: self.factors[m.name] for m in maps})
             for batch in batches(sequences, batch_tokens, device):
                 found = torch.zeros(len(batch.rows), self.fold, device=device)
-
-                def consume(
-                    m: TrackedMap,
-                    a: torch.Tensor,
-                    d: torch.Tensor,
-                    found: torch.Tensor = found,
-                    factors: dict[str, MapFactors] = factors,
-                    weights: dict[str, torch.Tensor] = weights,
-                ) -> None:
-                    dtype = factors[m.name].Q_A.dtype  # float32, or float64 for a model in float64
-                    for part in gradient_chunks(m, len(a)):
-                        rotated = rotated_gradients(a[part].to(dtype), d[part].to(dtype), factors[m.name])
-                        self._add(found[part], rotated.flatten(1).float().mul_(weights[m.name]), self.offsets[m.name])
-
-                capture(model, maps, batch, target_loss(self.task), consume)
+                capture(model, maps, batch, target_loss(self.task), self._folding(found, rotated, weights))
                 folded[batch.rows] += found.cpu()
         return self._mix(folded).numpy()
+
+    def _folding(self, folded: torch.Tensor, rotated: RotatedGradients, weights: Gradients) -> Consume:
+        """Adds a map's rotated, weighted gradients to `folded` [N, fold]."""
+
+        def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> None:
+            for part, gradients in rotated.chunks(m, a, d):
+                self._add(folded[part], gradients.flatten(1).float().mul_(weights[m.name]), self.offsets[m.name])
+
+        return consume
 
     def queries(self, gradients: dict[str, torch.Tensor], chain: Chain) -> FloatArray:
         """Psi of queries whose gradients [Q, G, b, d_in] at the last stage are given: float32 [Q, dimensions]."""

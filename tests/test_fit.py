@@ -15,8 +15,9 @@ from msif_core import storage
 from msif_core.batching import Sequences, batches
 from msif_core.config import CurvatureSettings
 from msif_core.curvature import fit
-from msif_core.curvature.factors import Factors
+from msif_core.curvature.factors import Factors, MapFactors
 from msif_core.curvature.filters import Damped
+from msif_core.curvature.gradients import RotatedGradients, gradient_chunks
 from msif_core.curvature.steps import Fit
 from msif_core.errors import InputError
 from msif_core.losses import Loss, uniforms
@@ -151,11 +152,22 @@ def test_tokens_or_gradients_rotated_are_the_same(monkeypatch: pytest.MonkeyPatc
     def basis(*shape: int) -> torch.Tensor:
         return torch.linalg.qr(torch.randn(*shape, dtype=torch.float64))[0]
 
-    f = fit.MapFactors(basis(6, 6), basis(2, 4, 4), torch.empty(0))
+    f = MapFactors(basis(6, 6), basis(2, 4, 4), torch.empty(0))
+    m = TrackedMap("m", 6, 8, False, 2, None, "m")
     for tokens in (2, 50):  # both sides of the switch
         a, d = torch.randn(3, tokens, 6, dtype=torch.float64), torch.randn(3, tokens, 2, 4, dtype=torch.float64)
         expected = f.rotate(torch.einsum("ntgb,nti->ngbi", d, a))
-        torch.testing.assert_close(fit.rotated_gradients(a, d, f), expected)
+        ((_, found),) = RotatedGradients({"m": f}).chunks(m, a, d)
+        torch.testing.assert_close(found, expected)
+
+
+def test_symmetric_updates_by_blocks_are_the_whole_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randn(2, 9, 7, dtype=torch.float64)
+    for width in (2, 3, 7, 100):
+        monkeypatch.setattr(fit, "SYMMETRIC_BLOCK", width)
+        total = torch.ones(2, 7, 7, dtype=torch.float64)
+        fit.add_products(total, rows)
+        torch.testing.assert_close(total.triu(), (1 + rows.mT @ rows).triu())
 
 
 def test_gradients_are_taken_in_chunks(
@@ -164,8 +176,8 @@ def test_gradients_are_taken_in_chunks(
     bases = {m.name: whole[m.name] for m in maps}
     options: dict[str, Any] = {"task": "causal_lm", "seed": 1, "batch_tokens": 1000}
     one = fit.eigenvalue_sums(model, maps, bases, PARTS[0], **options)
-    monkeypatch.setattr(fit, "CHUNK_ENTRIES", 200)
-    assert len(list(fit.gradient_chunks(maps[0], 6))) > 1
+    monkeypatch.setattr("msif_core.curvature.gradients.CHUNK_ENTRIES", 200)
+    assert len(list(gradient_chunks(maps[0], 6))) > 1
     many = fit.eigenvalue_sums(model, maps, bases, PARTS[0], **options)
     for name, value in one.items():
         torch.testing.assert_close(many[name], value)

@@ -36,7 +36,7 @@ def test_one_query_and_several_give_the_same_scores(
     for q in range(3):
         one = scoring.score_sequences(model, maps, {n: v[q : q + 1] for n, v in V.items()}, sequences, 20, task=task)
         np.testing.assert_allclose(one[0], several[q], rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(fit, "CHUNK_ENTRIES", 1)
+    monkeypatch.setattr("msif_core.curvature.gradients.CHUNK_ENTRIES", 1)
     np.testing.assert_allclose(
         scoring.score_sequences(model, maps, V, sequences, 1000, task=task), several, rtol=1e-5, atol=1e-5
     )

@@ -28,11 +28,13 @@ def random_factors(maps: list[TrackedMap], seed: int = 0, dtype: torch.dtype = t
     def basis(*shape: int) -> torch.Tensor:
         return torch.linalg.qr(torch.randn(*shape, generator=generator, dtype=torch.float64))[0].to(dtype)
 
-    found = {}
+    found: dict[str, MapFactors] = {}
+    inputs: dict[str, torch.Tensor] = {}
     for m in maps:
         groups, block, d_in = m.shape
+        Q_A = inputs.setdefault(m.input_group, basis(d_in, d_in))
         eigenvalues = torch.exp(3 * torch.randn(*m.shape, generator=generator, dtype=torch.float64)).to(dtype)
-        found[m.name] = MapFactors(basis(d_in, d_in), basis(groups, block, block), eigenvalues)
+        found[m.name] = MapFactors(Q_A, basis(groups, block, block), eigenvalues)
     return found
 
 
@@ -247,7 +249,7 @@ def test_batches_order_and_company_do_not_matter(model: Any, sketcher: Sketcher)
 def test_chunks_of_gradients_do_not_matter(model: Any, sketcher: Sketcher, monkeypatch: pytest.MonkeyPatch):
     sequences = make_sequences(9, 3)
     phi = sketcher.documents(model, sequences, 1000, 8.0)
-    monkeypatch.setattr("msif_core.curvature.fit.CHUNK_ENTRIES", 1)
+    monkeypatch.setattr("msif_core.curvature.gradients.CHUNK_ENTRIES", 1)
     np.testing.assert_allclose(sketcher.documents(model, sequences, 1000, 8.0), phi, rtol=1e-4, atol=1e-4)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from msif_core.batching import Sequences, batches
 from msif_core.capture import Consume, capture
 from msif_core.curvature.factors import MapFactors
+from msif_core.curvature.gradients import RotatedGradients
 from msif_core.errors import InputError
 from msif_core.losses import Loss, sampled_loss, target_loss, uniforms
 from msif_core.models import TrackedMap
@@ -20,8 +21,8 @@ EIGENVALUE_SEED = 0x5EED
 """Added to the seed of the second pass: fresh labels, independent of the first pass's."""
 
 
-CHUNK_ENTRIES = 1 << 26
-"""Entries of per-sequence gradients held at one time (256 MB in float32)."""
+SYMMETRIC_BLOCK = 256
+"""Columns in a block of a symmetric update: narrower ones cost the matrix product its speed."""
 
 
 class NonFiniteError(InputError):
@@ -71,23 +72,35 @@ def covariance_sums(
     sums: dict[str, torch.Tensor] = {}
 
     def add(key: str, rows: torch.Tensor) -> None:
-        rows = rows.to(dtype)
         if key not in sums:
-            sums[key] = rows.new_zeros(*rows.shape[:-2], rows.shape[-1], rows.shape[-1])
-        if rows.ndim == 2:
-            sums[key].addmm_(rows.mT, rows)
-        else:
-            sums[key].baddbmm_(rows.mT, rows)
+            sums[key] = rows.new_zeros(rows.shape[0], rows.shape[-1], rows.shape[-1], dtype=dtype)
+        add_products(sums[key], rows.to(dtype))
 
     def consume(tracked: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> None:
         if tracked.name in owners:
-            add(f"A/{tracked.input_group}", a.flatten(0, 1))
-        flat = d.flatten(0, 1)
-        add(f"S/{tracked.name}", flat.squeeze(1)[None] if tracked.groups == 1 else flat.transpose(0, 1))
+            add(f"A/{tracked.input_group}", a.flatten(0, 1)[None])
+        add(f"S/{tracked.name}", d.flatten(0, 1).transpose(0, 1))
 
     owners = {m.name for m in {m.input_group: m for m in maps}.values()}  # one map of each group adds its inputs
     capture_all(model, maps, sequences, batch_tokens, sampled_loss(task, seed), consume)
+    for name in sums:
+        sums[name] = sums[name].triu() + sums[name].triu(1).mT
+        sums[name] = sums[name][0] if name.startswith("A/") else sums[name]
     return sums
+
+
+def add_products(total: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add rows^T rows to the upper triangle of `total` [G, b, b], for `rows` [G, n, b]; what is below is undefined.
+
+    Block rows of the triangle: for many of them, half of the operations of the whole product.
+    """
+    if total.shape[-1] <= SYMMETRIC_BLOCK:
+        total.baddbmm_(rows.mT, rows)
+        return
+    for of_group, own in zip(total, rows, strict=True):
+        for start in range(0, total.shape[-1], SYMMETRIC_BLOCK):
+            stop = start + SYMMETRIC_BLOCK
+            of_group[start:stop, start:].addmm_(own[:, start:stop].mT, own[:, start:])
 
 
 def capture_all(
@@ -147,41 +160,11 @@ def eigenvalue_sums(
     dtype = sum_dtype(model)
     sums = {m.name: torch.zeros(m.shape, dtype=dtype, device=next(model.parameters()).device) for m in maps}
 
-    def consume(tracked: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> None:
-        for part in gradient_chunks(tracked, len(a)):
-            rotated = rotated_gradients(a[part].to(dtype), d[part].to(dtype), factors[tracked.name])
-            sums[tracked.name].add_(rotated.square_().sum(dim=0))
+    rotated = RotatedGradients(factors)
+
+    def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> None:
+        for _, gradients in rotated.chunks(m, a, d):
+            sums[m.name].add_(gradients.square_().sum(dim=0))
 
     capture_all(model, maps, sequences, batch_tokens, sampled_loss(task, seed + EIGENVALUE_SEED), consume)
     return sums
-
-
-def gradient_chunks(tracked: TrackedMap, count: int) -> Iterator[slice]:
-    """Slices of `count` sequences whose gradients of one map fit into `CHUNK_ENTRIES` together."""
-    step = max(1, CHUNK_ENTRIES // tracked.size)
-    return (slice(start, start + step) for start in range(0, count, step))
-
-
-def rotated_gradients(a: torch.Tensor, d: torch.Tensor, factors: MapFactors) -> torch.Tensor:
-    """Per-sequence gradients in the eigenbasis, [N, G, b, d_in], from a [N, T, d_in] and d [N, T, G, b].
-
-    Rotates the tokens or the gradients, whichever takes fewer operations.
-    """
-    groups, block, d_in = d.shape[-2], d.shape[-1], a.shape[-1]
-    tokens = a.shape[1] * (d_in * d_in + groups * block * block)
-    gradients = groups * block * d_in * (block + d_in)
-    if tokens <= gradients:
-        return per_sequence_gradients(a @ factors.Q_A, rotate_outputs(d, factors.Q_S))
-    return factors.rotate(per_sequence_gradients(a, d))
-
-
-def rotate_outputs(d: torch.Tensor, Q_S: torch.Tensor) -> torch.Tensor:
-    """D [N, T, G, b] times each block's Q_S [G, b, b]."""
-    if Q_S.shape[0] == 1:
-        return d @ Q_S[0]
-    return torch.einsum("ntgb,gbc->ntgc", d, Q_S)
-
-
-def per_sequence_gradients(a: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-    """sum_t d_t a_t^T of each sequence: [N, G, b, d_in]."""
-    return torch.bmm(d.flatten(2).mT, a).unflatten(1, d.shape[2:])

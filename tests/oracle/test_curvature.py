@@ -31,13 +31,14 @@ def enumerated(model, maps, factors, ids, labels, task):
 
 
 def random_bases(maps):
-    """Some orthonormal bases for each map."""
+    """Some orthonormal bases for each input group and each map."""
 
     def basis(*shape):
         return torch.linalg.qr(torch.randn(*shape, dtype=torch.float64))[0]
 
+    inputs = {m.input_group: basis(m.d_in, m.d_in) for m in maps}
     return {
-        m.name: MapFactors(basis(m.d_in, m.d_in), basis(m.groups, m.shape[1], m.shape[1]), torch.empty(0)) for m in maps
+        m.name: MapFactors(inputs[m.input_group], basis(m.groups, m.shape[1], m.shape[1]), torch.empty(0)) for m in maps
     }
 
 

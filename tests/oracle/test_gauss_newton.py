@@ -15,7 +15,8 @@ from msif_core.batching import IGNORED, Sequences, batches
 from msif_core.capture import capture
 from msif_core.config import CurvatureSettings
 from msif_core.curvature.factors import MapFactors
-from msif_core.curvature.fit import covariance_sums, rotated_gradients
+from msif_core.curvature.fit import covariance_sums
+from msif_core.curvature.gradients import RotatedGradients
 from msif_core.losses import target_loss
 from msif_core.models import TrackedMap, tracked_maps
 from tests.conftest import make_model, make_sequences, task_of
@@ -74,8 +75,8 @@ def enumerated_eigenvalues(
         (batch,) = batches(many, 10_000)
 
         def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, p: torch.Tensor = p) -> None:
-            rotated = rotated_gradients(a, d, factors[m.name])
-            found[m.name] += (p[:, None, None, None] * rotated.square()).sum(0)
+            for part, rotated in RotatedGradients(factors).chunks(m, a, d):
+                found[m.name] += (p[part, None, None, None] * rotated.square()).sum(0)
 
         capture(model, maps, batch, target_loss(task), consume)
     return found
