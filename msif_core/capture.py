@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
+from threading import RLock
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ from msif_core.losses import Loss
 from msif_core.models import TrackedMap
 
 Consume = Callable[[TrackedMap, torch.Tensor, torch.Tensor], None]
+
+PASS = RLock()
+"""Held during a pass: threads of one process share a stage's model, and hooks would see each other's passes."""
 
 
 def capture(model: Any, maps: list[TrackedMap], batch: Batch, loss: Loss, consume: Consume) -> None:
@@ -35,7 +40,6 @@ def capture(model: Any, maps: list[TrackedMap], batch: Batch, loss: Loss, consum
     shared: dict[str, torch.Tensor] = {}
     waiting = Counter(m.input_group for m in maps)
     called: set[str] = set()
-    handles = [model.get_input_embeddings().register_forward_hook(_require_grad)]
 
     def forward_hook(tracked: TrackedMap) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -67,17 +71,14 @@ def capture(model: Any, maps: list[TrackedMap], batch: Batch, loss: Loss, consum
             gradient = gradient[..., torch.as_tensor(tracked.permutation, device=gradient.device)]
         consume(tracked, a, gradient.unflatten(-1, tracked.shape[:2]))
 
-    try:
+    with PASS, ExitStack() as hooks, torch.enable_grad():
+        hooks.callback(model.get_input_embeddings().register_forward_hook(_require_grad).remove)
         for tracked in maps:
-            handles.append(model.get_submodule(tracked.name).register_forward_hook(forward_hook(tracked)))
-        with torch.enable_grad():
-            loss(forward(model, batch), batch).backward()
-            if inputs or len(called) < len(maps):
-                lost = inputs or {m.name for m in maps} - called
-                raise InputError(f"{next(iter(lost))}: does not reach the loss; leave it out of curvature.include")
-    finally:
-        for handle in handles:
-            handle.remove()
+            hooks.callback(model.get_submodule(tracked.name).register_forward_hook(forward_hook(tracked)).remove)
+        loss(forward(model, batch), batch).backward()
+        if inputs or len(called) < len(maps):
+            lost = inputs or {m.name for m in maps} - called
+            raise InputError(f"{next(iter(lost))}: does not reach the loss; leave it out of curvature.include")
 
 
 def forward(model: Any, batch: Batch) -> Any:
@@ -97,7 +98,8 @@ def forward(model: Any, batch: Batch) -> Any:
             f"{config.name_or_path}: a classifier without a padding token; set pad_token_id in config.json"
         )
     options = {"use_cache": False} if getattr(config, "use_cache", None) is not None else {}
-    return model(input_ids=input_ids, attention_mask=batch.attention_mask, **options)
+    with PASS:
+        return model(input_ids=input_ids, attention_mask=batch.attention_mask, **options)
 
 
 def counted_positions(model: nn.Module, batch: Batch) -> torch.Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -293,3 +294,18 @@ def test_non_finite_gradients_are_found() -> None:
     with pytest.raises(NonFiniteError, match="NaN or infinite gradients from document 'doc2'") as caught:
         covariance_sums(model, maps, sequences, task="causal_lm", seed=0, batch_tokens=ROOMY)
     assert caught.value.rows.tolist() == [2]
+
+
+def test_threads_that_share_a_model_do_not_mix_their_passes() -> None:
+    model = make_model("gpt_neox")
+    maps = tracked_maps(model, CurvatureSettings())
+    parts = [make_sequences(6, seed, lengths=(5, 12)) for seed in range(8)]
+
+    def gradients(part: Sequences) -> dict[str, torch.Tensor]:
+        return query_gradients(model, maps, part, 16, task="causal_lm")
+
+    alone = [gradients(part) for part in parts]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(gradients, parts))
+    for one, other in zip(alone, together, strict=True):
+        assert all(torch.equal(one[m.name], other[m.name]) for m in maps)
