@@ -159,7 +159,7 @@ def _manifests(folder: Path, name: str = "manifest.json") -> Iterator[tuple[Path
 
 
 def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in folder.rglob("[!.]*") if path.is_file())
 
 
 def _small_tables(workspace: Path) -> dict[str, list[Row]]:
@@ -210,7 +210,7 @@ def _stage_row(folder: Path, manifest: Row) -> Row:
         **{name: sum(shard.get(name, 0) for shard in manifest["shards"]) for name in counts},
         "stage": folder.name,
         "n_shards": len(manifest["shards"]),
-        "bytes": _bytes(folder),
+        "bytes": sum((folder / s[k]).stat().st_size for s in manifest["shards"] for k in CORPUS if k in s),
     }
 
 
