@@ -1,4 +1,4 @@
-"""Builds that are killed: a process that imports everything once and forks a child for each job.
+"""Builds that are killed, and queries beside them: a process that imports everything once and forks for each job.
 
 As a script it reads a job a line from its standard input, answers with the child's process id, and, once that has
 ended, with its wait status. `Forker` is its other end. The script starts no thread before it forks.
@@ -34,8 +34,15 @@ class Forker:
 
     def start(self, config: Path, at: str = "", count: int = 0) -> int:
         """Start a build; with `at` it kills itself before or after its `count`-th rename. Returns its process id."""
+        return self._start(config=str(config), at=at, count=count)
+
+    def start_asking(self, config: Path, queries: Path, stop: Path) -> int:
+        """Answer `queries` again and again until the file `stop` is there."""
+        return self._start(config=str(config), queries=str(queries), stop=str(stop))
+
+    def _start(self, **job: Any) -> int:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"config": str(config), "at": at, "count": count}) + "\n")
+        self.process.stdin.write(json.dumps(job) + "\n")
         return int(self._answer())
 
     def wait(self) -> bool:
@@ -94,9 +101,13 @@ def main() -> None:
         if not child:
             try:
                 pipeline = Pipeline.from_config(job["config"])
-                if job["at"]:
-                    kill_at(pipeline.workspace.root, job["at"], job["count"])
-                pipeline.run()
+                if stop := job.get("stop"):
+                    while not os.path.exists(stop):
+                        pipeline.attribute(Path(job["queries"]))
+                else:
+                    if job["at"]:
+                        kill_at(pipeline.workspace.root, job["at"], job["count"])
+                    pipeline.run()
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
