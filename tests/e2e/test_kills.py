@@ -47,10 +47,9 @@ def contents(root: Path) -> dict[str, Any]:
     return found
 
 
-def progress(root: Path) -> dict[str, tuple[int, int]]:
-    """What a further attempt can build on: files by size and time."""
-    found = (path for path in root.rglob("*") if path.is_file() and ".tmp-" not in str(path))
-    return {str(path): (path.stat().st_size, path.stat().st_ino) for path in found}
+def progress(root: Path) -> set[Path]:
+    """What a further attempt can build on."""
+    return {path for path in root.rglob("*") if path.is_file() and ".tmp-" not in str(path)}
 
 
 def check_readers(root: Path) -> None:
@@ -81,7 +80,7 @@ def killed_build(forker: Forker, config: Path, root: Path, at: Sequence[str], st
         check_readers(root)
         after = progress(root)
         # A rename that each start does over again is no progress: the next start gets further.
-        count = stride if stride > 1 or after.keys() != before.keys() else count + 1
+        count = stride if after != before else count + 1
         before = after
     return kills
 
