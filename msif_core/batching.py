@@ -48,17 +48,6 @@ class Sequences:
         )
 
 
-def concatenate(parts: Sequence[Sequences]) -> Sequences:
-    """The sequences of `parts`, one after the other."""
-    return Sequences(
-        [ids for part in parts for ids in part.input_ids],
-        [labels for part in parts for labels in part.labels],
-        [name for part in parts for name in part.fingerprints],
-        [name for part in parts for name in part.document_ids],
-        np.concatenate([np.zeros(0, np.int64), *(part.sequence_ids for part in parts)]),
-    )
-
-
 @dataclass(frozen=True)
 class Batch:
     """A right-padded batch of N sequences of at most T tokens.

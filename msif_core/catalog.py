@@ -200,6 +200,7 @@ def _corpus_files(workspace: Path) -> dict[str, list[Path]]:
                 if name in shard:
                     found[name].append(folder / shard[name])
             found["quarantine"] += folder.glob(f"quarantine-gradients-{Path(shard['sequences']).stem}.parquet")
+        found["quarantine"] += sorted(folder.glob("quarantine-fit-*.parquet"))
     return {name: files for name, files in found.items() if files}
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from msif_core import answering, batching, catalog, corpus, drift, generations, index, records, reuse, storage
+from msif_core import answering, catalog, corpus, drift, generations, index, records, reuse, storage
 from msif_core.attribution import Attribution
 from msif_core.batching import Sequences
 from msif_core.errors import InputError
@@ -232,20 +232,16 @@ class Pipeline(Stages):
 
     def measure_drift(self) -> dict[str, Any]:
         """How far the attributed stage's pinned factors have drifted from its corpus, on a sample."""
-        shards = self.shards(self.target)
-        prints = [corpus.fingerprints(path) for path in shards]
-        rows = np.asarray(drift.sample_rows([f for part in prints for f in part], self.config.index.drift_sample), int)
-        starts = np.cumsum([0, *(len(part) for part in prints)])
-        parts = [
-            corpus.read_shard(path).take(own - start)
-            for path, start, end in zip(shards, starts, starts[1:], strict=False)
-            if len(own := rows[(rows >= start) & (rows < end)])
-        ]
+        found = {path: corpus.fingerprints(path) for path in self.shards(self.target)}
+        drawn = drift.sample((name for names in found.values() for name in names), self.config.index.drift_sample)
+        paths = [path for path, names in found.items() if drawn.intersection(names)]
+        if not paths:
+            return {}
         return drift.measure_drift(
             self.model(self.target),
             self.maps(self.target),
             self.factors(self.target),
-            batching.concatenate(parts),
+            corpus.read_rows(paths, lambda names: np.flatnonzero([name in drawn for name in names])),
             task=self.config.stage(self.target).task,
             seed=self.config.curvature.seed,
             batch_tokens=self.batch_tokens,

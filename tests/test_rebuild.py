@@ -61,9 +61,9 @@ def sketched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     original = Sketcher.documents
 
-    def counted(self: Sketcher, model: Any, sequences: Sequences, batch_tokens: int) -> Any:
+    def counted(self: Sketcher, model: Any, sequences: Sequences, *rest: Any) -> Any:
         seen.extend(sequences.document_ids)
-        return original(self, model, sequences, batch_tokens)
+        return original(self, model, sequences, *rest)
 
     monkeypatch.setattr(Sketcher, "documents", counted)
     return seen
@@ -92,7 +92,7 @@ def test_only_new_and_changed_sequences_are_sketched(project: Path, sketched: li
     root, target = pipeline.workspace.root, pipeline.target
     found = index.Index([root / path for path in second["codes"]], pipeline.config.index)
     sequences = [corpus.read_shard(path) for path in pipeline.shards(target)]
-    phi = [pipeline.sketcher().documents(pipeline.model(target), part, 4096) for part in sequences]
+    phi = [pipeline.document_sketches(part) for part in sequences]
     trained = pipeline.codes_folder() / "trained.faiss"
     for part, path, vectors in zip(sequences, second["codes"], phi, strict=True):
         read = index.read_codes(trained, root / path)
@@ -123,8 +123,9 @@ def test_exact_scores_of_known_sequences_are_kept(project: Path, monkeypatch: py
     kept = np.concatenate([np.load(pipeline.exact_shard(s)) for s in range(2)], axis=2)
     rows = [corpus.read_shard(path) for path in pipeline.shards("pretrain")]
     names = [name for part in rows for name in part.document_ids]
-    filtered = pipeline.filtered(pipeline.held_out().sequences)  # type: ignore[union-attr]
-    anew = np.concatenate([original(pipeline, filtered, part) for part in rows], axis=1)
+    queries = pipeline.held_out()
+    assert queries is not None
+    anew = np.concatenate([pipeline.scores(queries.sequences, part) for part in rows], axis=1)
     assert len(names) == 47
     np.testing.assert_allclose(kept[0], anew, rtol=1e-4, atol=1e-6 * np.abs(anew).max())
 
@@ -155,8 +156,8 @@ def test_codes_of_another_trained_index_are_not_copied(project: Path) -> None:
 def test_a_broken_gradient_stays_quarantined(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Sketcher.documents
 
-    def broken(self: Sketcher, model: Any, sequences: Sequences, batch_tokens: int) -> Any:
-        phi = original(self, model, sequences, batch_tokens)
+    def broken(self: Sketcher, model: Any, sequences: Sequences, *rest: Any) -> Any:
+        phi = original(self, model, sequences, *rest)
         phi[[i for i, name in enumerate(sequences.document_ids) if name == "d10"]] = np.nan
         return phi
 
@@ -248,7 +249,7 @@ def test_queries_see_the_published_generation_while_documents_and_factors_change
     rewrite(project, 40, d00="oak: another.", d01="plum: another.")
     pipeline.tokenize("pretrain")
     pipeline.unpin()
-    pipeline.covariance_shard("pretrain", 0)  # a full build under way
+    pipeline.covariance_part("pretrain", 0)  # a full build under way
     assert not pipeline.fitted("pretrain")
     answer = pipeline.attribute(asked(project))
     assert answer.table.select(kept).equals(before)
@@ -271,7 +272,7 @@ def test_an_unfinished_fit_does_not_mix_documents(project: Path) -> None:
     pipeline = Pipeline.from_config(project)
     for stage in ("pretrain", "finetune"):
         pipeline.tokenize(stage)
-    pipeline.covariance_shard("pretrain", 0)
+    pipeline.covariance_part("pretrain", 0)
     before = pipeline.factors_fingerprint("pretrain")
     rewrite(project, 40)
     pipeline.run()

@@ -93,9 +93,10 @@ def change_documents(folder: Path) -> None:
 
 def sweep(forker: Forker, folder: Path, at: Sequence[str], strides: tuple[int, int]) -> list[int]:
     """A first build and a rebuild, killed, against those that are not; returns the numbers of kills."""
-    config = write_project(folder)
-    clean = folder / "clean.yaml"
-    clean.write_text(json.dumps({**json.loads(config.read_text()), "workspace": str(folder / "clean")}))
+    config, clean = write_project(folder), folder / "clean.yaml"
+    settings = json.loads(config.read_text()) | {"curvature": {"part_sequences": 24}}
+    config.write_text(json.dumps(settings))
+    clean.write_text(json.dumps(settings | {"workspace": str(folder / "clean")}))
     kills = []
     for step, stride in enumerate(strides):
         if step:
