@@ -82,8 +82,8 @@ def run(config: ConfigFile, keep_server: KeepServer = False) -> None:
     settings = Config.load(config)
     before = published(settings)
     with orchestrated(settings, keep_server):
-        build_index(settings)
-    print_change(settings, before)
+        built = build_index(settings)
+    print_change(settings, before, built)
     print_recall(settings)
 
 
@@ -136,8 +136,8 @@ def rebuild(
     settings = Config.load(config)
     before = published(settings)
     with orchestrated(settings, keep_server):
-        rebuild_index(settings, refit)
-    print_change(settings, before)
+        built = rebuild_index(settings, refit)
+    print_change(settings, before, built)
 
 
 @app.command()
@@ -165,15 +165,13 @@ def report(config: ConfigFile, run: Annotated[str, typer.Argument(help="Name of 
 @app.command()
 def rollback(config: ConfigFile) -> None:
     """Publish the generation before the current one."""
-    from msif_core import storage
+    from msif_core import catalog, generations
     from msif_core.workspace import Workspace
 
     workspace = Workspace(Config.load(config).workspace.resolve())
-    manifest = storage.read_json(workspace.current_generation() / "manifest.json")
-    if manifest["parent"] is None:
-        raise InputError(f"generation {manifest['generation']} is the first; there is none before it")
-    workspace.publish(manifest["parent"])
-    console.print(f"Published: {manifest['parent']}")
+    published = generations.rollback(workspace)
+    catalog.publish(workspace.root)
+    console.print(f"Published: {published}")
 
 
 @app.command()
@@ -220,10 +218,14 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
 ) -> None:
     """Drop old generations and what only they used: codes, factors, partial sums. Answers stay."""
+    from msif_core import catalog
     from msif_core.pruning import prune as drop
     from msif_core.workspace import Workspace
 
-    found = drop(Workspace(Config.load(config).workspace.resolve()), keep, 3600 * grace_hours, dry_run)
+    workspace = Workspace(Config.load(config).workspace.resolve())
+    found = drop(workspace, keep, 3600 * grace_hours, dry_run)
+    if found.paths and not dry_run:
+        catalog.publish(workspace.root)
     for path in found.paths:
         console.print(str(path), soft_wrap=True)
     console.print(f"{'Would free' if dry_run else 'Freed'} {found.bytes / 1e6:,.1f} MB in {len(found.paths)} places")
@@ -266,21 +268,20 @@ def print_attribution(folder: Path, top: int) -> None:
 
 def published(config: Config) -> dict[str, Any] | None:
     """Manifest of the published generation, None before the first."""
-    from msif_core import storage
+    from msif_core.generations import manifest_of
     from msif_core.workspace import Workspace
 
     workspace = Workspace(config.workspace.resolve())
-    name = workspace.published()
-    return storage.read_json(workspace.generations / name / "manifest.json") if name else None
+    return manifest_of(workspace, workspace.published())
 
 
-def print_change(config: Config, before: dict[str, Any] | None) -> None:
+def print_change(config: Config, before: dict[str, Any] | None, built: Path) -> None:
     """What a build did, and why."""
     from flows.rebuild_index import what_changed
+    from msif_core import storage
 
-    if (after := published(config)) is not None:
-        change = what_changed(before, after)
-        console.print(change[0].upper() + change[1:])
+    change = what_changed(before, storage.read_json(built / "manifest.json"), config)
+    console.print(change[0].upper() + change[1:])
 
 
 def print_recall(config: Config) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from prefect import flow, get_run_logger
 
 from flows.build_index import build_index
-from msif_core import storage
+from msif_core import generations, storage
 from msif_core.config import Config
 from msif_core.pipeline import Pipeline
 
@@ -15,27 +15,43 @@ from msif_core.pipeline import Pipeline
 def rebuild_index(config: Config, refit: bool = False) -> Path:
     """Rebuild with the factors pinned by the last full build; `refit` (or another model) makes a full build."""
     workspace = Pipeline(config).workspace
-    before = workspace.published()
+    before = generations.manifest_of(workspace, workspace.published())
     if refit:
         Pipeline(config).unpin()
     folder = build_index(config)
-    old = storage.read_json(workspace.generations / before / "manifest.json") if before else None
-    get_run_logger().info(what_changed(old, storage.read_json(folder / "manifest.json")))
+    after = storage.read_json(folder / "manifest.json")
+    get_run_logger().info(what_changed(before, after, config))
     return folder
 
 
-def what_changed(before: dict[str, Any] | None, after: dict[str, Any]) -> str:
-    """Which case a rebuild met, and why, from the generations' manifests."""
-    if before is None:
-        return f"first build: generation {after['generation']}"
-    if before["generation"] == after["generation"]:
+def what_changed(before: dict[str, Any] | None, after: dict[str, Any], config: Config | None = None) -> str:
+    """Which case a rebuild met, why, and what it saved, from the generations' manifests."""
+    if before is not None and before["generation"] == after["generation"]:
         return f"nothing changed: generation {after['generation']} stays published"
+    case = f"{_case(before, after)}; {saved(after['changes'])}"
+    if config is not None and (reason := generations.withheld(after, config.index)) is not None:
+        return f"{case}; {reason}" + (f", {before['generation']} stays published" if before else "")
+    return f"{case}; generation {after['generation']} " + (
+        f"replaces {before['generation']}" if before else "is published"
+    )
+
+
+def _case(before: dict[str, Any] | None, after: dict[str, Any]) -> str:
+    if before is None:
+        return "first build"
     refitted = [name for name, factors in after["factors"].items() if before["factors"].get(name) != factors]
     if refitted:
-        case = f"full build: the model, the curvature settings or the pin of {', '.join(refitted)} changed"
-    elif before["codes_key"] != after["codes_key"]:
-        case = "all codes anew: the filter, the sketch or the index kind changed"
-    else:
-        fresh = len(set(after["codes"]) - set(before["codes"]))
-        case = f"incremental: {fresh} of {len(after['codes'])} shards sketched, factors kept"
-    return f"{case}; generation {after['generation']} replaces {before['generation']}"
+        return f"full build: the model, the curvature settings or the pin of {', '.join(refitted)} changed"
+    if before["codes_key"] != after["codes_key"]:
+        return "all codes anew: the filter, the sketch or the index kind changed"
+    return "incremental, factors kept"
+
+
+def saved(changes: dict[str, dict[str, int]]) -> str:
+    """The work of a build and what it saved, in words."""
+    documents, sequences = changes["documents"], changes["sequences"]
+    return (
+        f"documents: {documents['added']:,} added, {documents['changed']:,} changed, {documents['removed']:,} removed; "
+        f"sequences: {sequences['sketched']:,} sketched, {sequences['reused']:,} reused, "
+        f"{sequences['removed']:,} removed"
+    )

@@ -27,12 +27,14 @@ OPPONENT_SHARE = 0.25
 
 @dataclass
 class Generation:
-    """The published index, opened for one answer: a publish meanwhile does not touch it."""
+    """The published index, opened for one answer: a publish or a refit meanwhile does not touch it."""
 
+    pipeline: Pipeline
     manifest: dict[str, Any]
     index: index.Index
     lexical: LexicalIndex
     corpus_folder: Path
+    """Manifest of the version of the corpus that the index was built from."""
 
     @classmethod
     def open(cls, pipeline: Pipeline) -> Generation:
@@ -45,10 +47,11 @@ class Generation:
         pipeline.check_generation(manifest)
         root = pipeline.workspace.root
         return cls(
+            pipeline.holding(manifest["factors"]),
             manifest,
             index.Index([root / path for path in manifest["codes"]], pipeline.config.index),
             LexicalIndex.load(root / manifest["lexical"]),
-            pipeline.workspace.corpus(pipeline.target),
+            root / manifest["corpora"][pipeline.target],
         )
 
     def sequences_of(self, documents: list[str]) -> Sequences:
@@ -60,6 +63,7 @@ def answer(pipeline: Pipeline, queries: corpus.Queries, top_k: int) -> Path:
     """Attribute `queries` and store the answer; returns the run's folder."""
     started = time.perf_counter()
     generation = Generation.open(pipeline)
+    pipeline = generation.pipeline
     chain = pipeline.chain()
     candidates = find_candidates(pipeline, generation, queries)
     sampled = corpus.sample_documents(generation.corpus_folder, pipeline.config.retrieval.random_sample)
@@ -87,6 +91,7 @@ def answer(pipeline: Pipeline, queries: corpus.Queries, top_k: int) -> Path:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - started, 2),
             "generation": generation.manifest["generation"],
+            "corpus": generation.manifest["corpora"][pipeline.target],
             "recall": generation.manifest["recall"],
             "factors": generation.manifest["factors"],
             "levels": {name: chain.levels(name) for name in sorted(set(layers["map"]))},

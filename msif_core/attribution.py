@@ -130,8 +130,11 @@ class Attribution:
         found = {name: Document(name) for name in self.document_ids}
         columns = ["document_id", "text", "source", "metadata", "n_tokens"]
         wanted = pa.array(self.document_ids, pa.string())
-        corpus = self.folder.parents[1] / "corpus" / stage
-        shards = storage.read_json(corpus / "manifest.json")["shards"] if (corpus / "manifest.json").exists() else []
+        root = self.folder.parents[1]
+        versions = (root / self.manifest.get("corpus", ""), root / "corpus" / stage / "manifest.json")
+        version = next((path for path in versions if path.is_file()), versions[-1])  # the run's own, or the newest
+        corpus = version.parent
+        shards = storage.read_json(version)["shards"] if version.exists() else []
         for shard in shards:
             rows = pq.read_table(
                 corpus / shard["documents"], columns=columns, filters=pc.field("document_id").isin(wanted)

@@ -19,14 +19,14 @@ import pyarrow as pa
 
 from msif_core import storage
 from msif_core.errors import InputError
+from msif_core.generations import manifest_of
+from msif_core.workspace import Workspace
 
 SQL = Path(__file__).resolve().parents[1] / "sql"
 """Folder of the statements: beside this package in a checkout, an editable and a plain install."""
 
+CORPUS = ("documents", "sequences", "quarantine")
 PARQUET = {
-    "documents": "corpus/*/documents-*.parquet",
-    "sequences": "corpus/*/shard-*.parquet",
-    "quarantine": "corpus/*/quarantine-*.parquet",
     "queries": "attributions/*/queries.parquet",
     "influences": "attributions/*/influences.parquet",
     "layers": "attributions/*/layers.parquet",
@@ -117,14 +117,17 @@ def _build(workspace: Path, path: Path) -> None:
     with duckdb.connect(str(path)) as connection:
         connection.execute("CREATE SCHEMA columns")
         connection.execute("CREATE SCHEMA stored")
-        for table, pattern in PARQUET.items():
+        # Attributions of runs to come are found by a pattern; a corpus is that of the published generation.
+        found = {name: [workspace / p] for name, p in PARQUET.items() if next(workspace.glob(p), None) is not None}
+        found |= _corpus_files(workspace)
+        for table in (*CORPUS, *PARQUET):
             connection.execute(sql[f"schema_{table}"])
             source = f"CREATE VIEW stored.{table} AS SELECT * FROM columns.{table}"
-            if next(workspace.glob(pattern), None) is not None:
-                files = str(workspace / pattern).replace("'", "''")
+            if table in found:
+                files = ", ".join("'" + str(path).replace("'", "''") + "'" for path in found[table])
                 # BY NAME: a file written before a column was added reads as NULL there.
                 source += (
-                    f" UNION ALL BY NAME SELECT * FROM read_parquet('{files}', union_by_name = true,"
+                    f" UNION ALL BY NAME SELECT * FROM read_parquet([{files}], union_by_name = true,"
                     f" filename = {str('filename' in sql[f'schema_{table}']).lower()})"
                 )
             connection.execute(source)
@@ -156,15 +159,14 @@ def _manifests(folder: Path, name: str = "manifest.json") -> Iterator[tuple[Path
 
 
 def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in folder.rglob("[!.]*") if path.is_file())
 
 
 def _small_tables(workspace: Path) -> dict[str, list[Row]]:
     """Rows of the tables that come from manifests, by table."""
-    corpora = list(_manifests(workspace / "corpus"))
+    corpora = _corpora(workspace)
     generations = list(_manifests(workspace / "generations"))
-    pointer = workspace / "generations" / "CURRENT"
-    published = pointer.read_text().strip() if pointer.exists() else None
+    published = Workspace(workspace).published()
     return {
         "stages": [_stage_row(folder, manifest) for folder, manifest in corpora],
         "shards": [
@@ -179,6 +181,29 @@ def _small_tables(workspace: Path) -> dict[str, list[Row]]:
     }
 
 
+def _corpora(workspace: Path) -> list[tuple[Path, Row]]:
+    """Each stage's folder with its manifest: of the published generation's version, or the newest before a publish."""
+    published = manifest_of(Workspace(workspace), Workspace(workspace).published()) or {}
+    versions = {stage: workspace / path for stage, path in published.get("corpora", {}).items()}
+    return [
+        (folder, dict(storage.read_json(versions[folder.name])) if folder.name in versions else newest)
+        for folder, newest in _manifests(workspace / "corpus")
+    ]
+
+
+def _corpus_files(workspace: Path) -> dict[str, list[Path]]:
+    """Files of the corpora by table, whatever other versions lie beside them."""
+    found: dict[str, list[Path]] = {name: [] for name in CORPUS}
+    for folder, manifest in _corpora(workspace):
+        for shard in manifest["shards"]:
+            for name in CORPUS:
+                if name in shard:
+                    found[name].append(folder / shard[name])
+            found["quarantine"] += folder.glob(f"quarantine-gradients-{Path(shard['sequences']).stem}.parquet")
+        found["quarantine"] += sorted(folder.glob("quarantine-fit-*.parquet"))
+    return {name: files for name, files in found.items() if files}
+
+
 def _stage_row(folder: Path, manifest: Row) -> Row:
     counts = ("n_documents", "n_sequences", "n_quarantined")
     return {
@@ -186,7 +211,7 @@ def _stage_row(folder: Path, manifest: Row) -> Row:
         **{name: sum(shard.get(name, 0) for shard in manifest["shards"]) for name in counts},
         "stage": folder.name,
         "n_shards": len(manifest["shards"]),
-        "bytes": _bytes(folder),
+        "bytes": sum((folder / s[k]).stat().st_size for s in manifest["shards"] for k in CORPUS if k in s),
     }
 
 

@@ -131,6 +131,12 @@ class IndexSettings(Settings):
     query_bits: int = Field(8, ge=0, le=8, description="Bits of the query in RaBitQ; 0 is exact and slow.")
     recall_queries: int = Field(60, ge=0, description="Held-out queries that measure recall at a build.")
     recall_sample: int = Field(20_000, ge=1, description="Sequences scored exactly to measure recall.")
+    min_recall: float = Field(
+        0.0, ge=0, le=1, description="A build whose recall@10 at 2% re-scored is lower is kept but not published."
+    )
+    drift_sample: int = Field(
+        256, ge=0, description="Sequences on which a build measures how far the pinned factors have drifted."
+    )
 
 
 class RetrievalSettings(Settings):

@@ -1,7 +1,9 @@
 """Documents to token sequences in Parquet shards, each with a content fingerprint.
 
-A document goes to a shard by a hash of its id, so that a corpus that grows or changes leaves most shards'
-bytes, and all that was built from them, as they were.
+A document goes to a shard by a hash of its id, so that a corpus that grows or changes leaves most shards, and all
+that was built from them, as they were. A shard's files are named by what they were made from and never change;
+`manifest-<fingerprint>.json` lists those of one version of the corpus, `manifest.json` those of the newest. The
+functions that read take either: the folder, for the newest version, or a version's manifest.
 """
 
 from __future__ import annotations
@@ -77,17 +79,17 @@ def tokenize(
     settings: CorpusSettings,
     task: str,
 ) -> Path:
-    """Write `documents` as shards below `folder`; returns the manifest's path.
+    """Write `documents` as shards below `folder`; returns the newest manifest's path.
 
     The source is streamed once. A shard whose documents are as before is not encoded again, one whose file is
-    damaged or lost is.
+    damaged or lost is. Older versions stay readable (`msif prune` removes them).
     """
     recipe = storage.fingerprint(max_length, task, tokenizer_fingerprint(tokenizer))
     key = storage.fingerprint(records.source_fingerprint(documents), settings.model_dump(), recipe)
     path = folder / "manifest.json"
     previous = storage.read_json(path) if path.exists() else None
     if previous is not None and previous["key"] == key and all(_is_whole(folder, s) for s in previous["shards"]):
-        return path
+        return _keep_version(path, previous)
     skipped = records.Skipped()
 
     def windows(record: records.Record) -> int:
@@ -99,19 +101,37 @@ def tokenize(
         shards = [tokenize_shard(part, folder, n, tokenizer, max_length, task, recipe) for n, part in enumerate(found)]
     if not any(shard["n_sequences"] for shard in shards):
         raise InputError(f"{documents}: no document in it has a token to predict")
-    storage.write_json(
-        path,
-        {
-            "key": key,
-            "fingerprint": storage.fingerprint([shard["digest"] for shard in shards]),
-            "max_length": max_length,
-            "settings": settings.model_dump(),
-            "shards": shards,
-            "quarantined": sum(shard["n_quarantined"] for shard in shards),
-            "skipped": {"count": skipped.count, "first": skipped.first},
-        },
-    )
+    manifest = {
+        "key": key,
+        "fingerprint": storage.fingerprint([shard["sequences"] for shard in shards]),
+        "max_length": max_length,
+        "settings": settings.model_dump(),
+        "shards": shards,
+        "quarantined": sum(shard["n_quarantined"] for shard in shards),
+        "skipped": {"count": skipped.count, "first": skipped.first},
+    }
+    _keep_version(path, manifest)
+    storage.write_json(path, manifest)
     return path
+
+
+def _keep_version(path: Path, manifest: dict[str, Any]) -> Path:
+    """Write the manifest under its version's name too, before it becomes the newest."""
+    version = version_path(path.parent, manifest)
+    if not version.exists():
+        storage.write_json(version, manifest)
+    return path
+
+
+def version_path(folder: Path, manifest: dict[str, Any]) -> Path:
+    """Where the manifest of that version of the corpus in `folder` stands."""
+    return folder / f"manifest-{manifest['fingerprint']}.json"
+
+
+def shard_entries(where: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """A corpus's folder and the entries of its shards; `where` is the folder or a version's manifest."""
+    path = where if where.suffix == ".json" else where / "manifest.json"
+    return path.parent, list(storage.read_json(path)["shards"])
 
 
 def partition(
@@ -208,14 +228,15 @@ def tokenize_shard(
 ) -> dict[str, Any]:
     """Encode one shard's documents, unless its files stand whole; returns its entry in the manifest.
 
-    Documents go by id, so that the order of the source does not matter.
+    Documents go by id, so that the order of the source does not matter. The receipt is written last: without it
+    the files do not count.
     """
     lines = sorted(raw.read_text(encoding="utf-8").split("\n")[:-1], key=lambda line: str(json.loads(line)["id"]))
-    made_from = storage.fingerprint(recipe, number, lines)
-    receipt = folder / f"shard-{number:05d}.json"
+    stem = f"{number:05d}-{storage.fingerprint(recipe, number, lines)}"
+    receipt = folder / f"shard-{stem}.json"
     if receipt.exists():
         known = storage.read_json(receipt)
-        if known["made_from"] == made_from and _is_whole(folder, known["entry"], known["others"]):
+        if _is_whole(folder, known["entry"]):
             return dict(known["entry"])
     rows: dict[str, list[Any]] = {name: [] for name in SEQUENCES.names}
     docs: dict[str, list[Any]] = {name: [] for name in DOCUMENTS.names}
@@ -234,7 +255,7 @@ def tokenize_shard(
         digest = hashlib.sha256(line.encode()).hexdigest()[:16]
         text = records.text_of(record)
         _append(docs, (record["id"], text, source, metadata, len(windows), tokens, number, digest))
-    names = {kind: f"{kind}-{number:05d}.parquet" for kind in ("shard", "documents", "quarantine")}
+    names = {kind: f"{kind}-{stem}.parquet" for kind in ("shard", "documents", "quarantine")}
     _write(folder / names["shard"], rows, SEQUENCES)
     _write(folder / names["documents"], docs, DOCUMENTS)
     _write(folder / names["quarantine"], bad, QUARANTINE)
@@ -244,15 +265,14 @@ def tokenize_shard(
         "digest": storage.file_digest(folder / names["shard"]),
     }  # fmt: skip
     others = {kind: storage.file_digest(folder / names[kind]) for kind in ("documents", "quarantine")}
-    storage.write_json(receipt, {"made_from": made_from, "entry": entry, "others": others})
+    storage.write_json(receipt, {"entry": entry, "others": others})
     return entry
 
 
-def _is_whole(folder: Path, entry: dict[str, Any], others: dict[str, str] | None = None) -> bool:
-    """Whether the files of a shard stand with the bytes that were written."""
-    if others is None:
-        receipt = (folder / entry["sequences"]).with_suffix(".json")
-        others = storage.read_json(receipt)["others"] if receipt.exists() else {}
+def _is_whole(folder: Path, entry: dict[str, Any]) -> bool:
+    """Whether the files of a shard stand with the bytes that its receipt promises."""
+    receipt = (folder / entry["sequences"]).with_suffix(".json")
+    others = storage.read_json(receipt)["others"] if receipt.exists() else {}
     wanted = {entry["sequences"]: entry["digest"]} | {entry[kind]: digest for kind, digest in others.items()}
     files = [entry[kind] for kind in ("sequences", "documents", "quarantine")]
     return all((folder / f).exists() and storage.file_digest(folder / f) == wanted.get(f) for f in files)
@@ -268,14 +288,14 @@ def _write(path: Path, columns: dict[str, list[Any]], schema: pa.Schema) -> None
         pq.write_table(pa.table(columns, schema=schema), temporary, compression="zstd")
 
 
-def read_table(path: Path) -> pa.Table:
-    """A Parquet file of ours.
+def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """A Parquet file of ours, all of it or some columns.
 
     Raises:
         InputError: the file is damaged.
     """
     try:
-        return pq.read_table(path)
+        return pq.read_table(path, columns=columns)
     except (OSError, pa.ArrowInvalid) as error:
         raise InputError(f"{path}: damaged ({error}); delete it and run again, it is made anew") from None
 
@@ -304,51 +324,62 @@ def _sequences(table: pa.Table) -> Sequences:
     )  # fmt: skip
 
 
-def sequences_of_documents(folder: Path, documents: Sequence[str]) -> Sequences:
+def fingerprints(path: Path) -> list[str]:
+    """Fingerprints of a shard file's sequences, in row order."""
+    return list(read_table(path, ["fingerprint"])["fingerprint"].to_pylist())
+
+
+def rows_of(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Rows of sequences in their shard."""
+    return ids & ((1 << SHARD_BITS) - 1)
+
+
+def sequences_of_documents(where: Path, documents: Sequence[str]) -> Sequences:
     """All sequences of the named documents, in order of sequence id; reads only their shards."""
-    count = len(storage.read_json(folder / "manifest.json")["shards"])
+    folder, shards = shard_entries(where)
     wanted: dict[int, list[str]] = {}
     for name in documents:
-        wanted.setdefault(shard_of(name, count), []).append(name)
+        wanted.setdefault(shard_of(name, len(shards)), []).append(name)
     tables = []
     for number in sorted(wanted):
-        table = read_table(folder / f"shard-{number:05d}.parquet")
+        table = read_table(folder / shards[number]["sequences"])
         mask = pa.compute.is_in(table["document_id"], value_set=pa.array(wanted[number]))
         tables.append(table.filter(mask))
     return _sequences(pa.concat_tables(tables))
 
 
-def documents_of_sequences(folder: Path, ids: npt.NDArray[np.int64]) -> list[str]:
+def documents_of_sequences(where: Path, ids: npt.NDArray[np.int64]) -> list[str]:
     """The distinct documents of sequences, in the order of first mention; negative ids are padding."""
+    folder, shards = shard_entries(where)
     names: dict[int, str] = {}
     kept = ids[ids >= 0]
     for number in np.unique(kept >> SHARD_BITS):
-        column = read_table(folder / f"shard-{number:05d}.parquet")["document_id"]
-        for i in kept[(kept >> SHARD_BITS) == number]:
-            names[int(i)] = column[int(i) & ((1 << SHARD_BITS) - 1)].as_py()
+        column = read_table(folder / shards[number]["sequences"], ["document_id"])["document_id"]
+        own = kept[(kept >> SHARD_BITS) == number]
+        names |= {int(i): column[int(row)].as_py() for i, row in zip(own, rows_of(own), strict=True)}
     return list(dict.fromkeys(names[int(i)] for i in kept))
 
 
-def read_documents(folder: Path) -> pa.Table:
+def read_documents(where: Path, columns: list[str] | None = None) -> pa.Table:
     """All documents of a tokenized corpus."""
-    shards = storage.read_json(folder / "manifest.json")["shards"]
-    return pa.concat_tables([read_table(folder / shard["documents"]) for shard in shards])
+    folder, shards = shard_entries(where)
+    return pa.concat_tables([read_table(folder / shard["documents"], columns) for shard in shards])
 
 
-def document_texts(folder: Path, documents: Sequence[str]) -> dict[str, str]:
+def document_texts(where: Path, documents: Sequence[str]) -> dict[str, str]:
     """Texts of the named documents."""
-    count = len(storage.read_json(folder / "manifest.json")["shards"])
+    folder, shards = shard_entries(where)
     found: dict[str, str] = {}
-    for number in {shard_of(name, count) for name in documents}:
-        table = read_table(folder / f"documents-{number:05d}.parquet").select(["document_id", "text"])
+    for number in {shard_of(name, len(shards)) for name in documents}:
+        table = read_table(folder / shards[number]["documents"], ["document_id", "text"])
         table = table.filter(pa.compute.is_in(table["document_id"], value_set=pa.array(list(documents))))
         found |= dict(zip(table["document_id"].to_pylist(), table["text"].to_pylist(), strict=True))
     return found
 
 
-def sample_documents(folder: Path, count: int) -> list[str]:
+def sample_documents(where: Path, count: int) -> list[str]:
     """A fixed random sample of documents that have sequences: those whose ids hash lowest."""
-    table = read_documents(folder)
+    table = read_documents(where, ["document_id", "n_sequences"])
     names = table.filter(pa.compute.greater(table["n_sequences"], 0))["document_id"].to_pylist()
     return sorted(names, key=lambda name: hashlib.sha256(b"sample" + name.encode()).digest())[:count]
 

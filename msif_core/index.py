@@ -14,6 +14,7 @@ from msif_core.config import IndexSettings
 from msif_core.errors import InputError
 
 FloatArray = npt.NDArray[np.float32]
+CodeArray = npt.NDArray[np.uint8]
 FLAT_UP_TO = 1_000
 IVF_FROM = 5_000_000
 
@@ -50,8 +51,8 @@ def train(sample: FloatArray, settings: IndexSettings, sequences: int, path: Pat
     faiss.write_index(faiss.IndexIDMap2(index), str(path))
 
 
-def build_shard(trained: Path, phi: FloatArray, ids: npt.NDArray[np.int64], path: Path) -> None:
-    """Write the codes of phi [n, d] under 64-bit ids.
+def encode(trained: Path, phi: FloatArray) -> CodeArray:
+    """Codes of phi [n, d]: uint8 [n, bytes], each a function of its own row alone.
 
     Raises:
         InputError: the trained index is of another width.
@@ -60,8 +61,53 @@ def build_shard(trained: Path, phi: FloatArray, ids: npt.NDArray[np.int64], path
     if index.d != phi.shape[1]:
         raise InputError(f"{trained}: trained for {index.d} dimensions, the sketches have {phi.shape[1]}: refit")
     if len(phi):
-        index.add_with_ids(np.ascontiguousarray(phi), np.ascontiguousarray(ids))
+        index.add_with_ids(np.ascontiguousarray(phi), np.arange(len(phi)))
+    return _codes(index)
+
+
+def code_bytes(trained: Path) -> int:
+    """Bytes of a code, of an IVF with the number of its list."""
+    index: Any = faiss.read_index(str(trained))
+    return int(faiss.downcast_index(index.index).sa_code_size())
+
+
+def write_shard(trained: Path, codes: CodeArray, ids: npt.NDArray[np.int64], path: Path) -> None:
+    """Write a shard of codes [n, bytes] that were made with `trained`, under 64-bit ids."""
+    index = faiss.read_index(str(trained))
+    if len(codes):
+        index.add_sa_codes(np.ascontiguousarray(codes), np.ascontiguousarray(ids))
     faiss.write_index(index, str(path))
+
+
+def build_shard(trained: Path, phi: FloatArray, ids: npt.NDArray[np.int64], path: Path) -> None:
+    """Write the codes of phi [n, d] under 64-bit ids."""
+    write_shard(trained, encode(trained, phi), ids, path)
+
+
+def read_codes(trained: Path, path: Path) -> tuple[npt.NDArray[np.int64], CodeArray] | None:
+    """Ids and codes of a shard; None where it was not made with `trained`, so that its codes mean something else."""
+    index = _read(path)
+    ids, codes = faiss.vector_to_array(index.id_map), _codes(index)
+    index.reset()
+    same = np.array_equal(faiss.serialize_index(index), np.frombuffer(trained.read_bytes(), np.uint8))
+    return (ids, codes) if same else None
+
+
+def _codes(index: Any) -> CodeArray:
+    """Codes in the order of the id map; those of an IVF start with the number of their list."""
+    inner: Any = faiss.downcast_index(index.index)
+    if not hasattr(inner, "invlists"):
+        return faiss.vector_to_array(inner.codes).reshape(index.ntotal, inner.sa_code_size())
+    width, lists = inner.coarse_code_size(), inner.invlists
+    codes = np.zeros((index.ntotal, inner.sa_code_size()), np.uint8)
+    for number in range(inner.nlist):
+        size = lists.list_size(number)
+        if size:
+            rows = faiss.rev_swig_ptr(lists.get_ids(number), size)
+            listed = faiss.rev_swig_ptr(lists.get_codes(number), size * inner.code_size)
+            codes[rows, width:] = listed.reshape(size, inner.code_size)
+            codes[rows, :width] = np.frombuffer(number.to_bytes(width, "little"), np.uint8)
+    return codes
 
 
 class Index:
@@ -100,11 +146,15 @@ def _open(path: Path, settings: IndexSettings) -> Any:
     try:
         index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError:  # a kind that cannot be mapped, or damage
-        try:
-            index = faiss.read_index(str(path))
-        except RuntimeError as error:
-            raise InputError(f"{path}: not a readable index shard ({error}); delete it and run again") from None
+        index = _read(path)
     inner = faiss.downcast_index(index.index)
     if hasattr(inner, "qb"):
         inner.qb = settings.query_bits
     return index
+
+
+def _read(path: Path) -> Any:
+    try:
+        return faiss.read_index(str(path))
+    except RuntimeError as error:
+        raise InputError(f"{path}: not a readable index shard ({error}); delete it and run again") from None

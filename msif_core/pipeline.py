@@ -5,17 +5,17 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from msif_core import answering, catalog, corpus, index, records, storage
+from msif_core import answering, catalog, corpus, drift, generations, index, records, reuse, storage
 from msif_core.attribution import Attribution
 from msif_core.batching import Sequences
 from msif_core.errors import InputError
@@ -83,31 +83,66 @@ class Pipeline(Stages):
         return storage.build_once(folder / "trained.faiss", build)
 
     def index_shard(self, shard: int) -> Path:
-        """Codes of one shard's sequences, addressed by the shard's content and so reused while it stays."""
+        """Codes of one shard's sequences, named after the shard and so reused while it stays.
+
+        Sequences that an earlier shard knows by their fingerprint keep its codes; only the others are sketched.
+        """
         source = self.shards(self.target)[shard]
         folder = self.codes_folder()
+        trained = folder / "trained.faiss"
 
         def build(path: Path) -> None:
             sequences = corpus.read_shard(source)
-            phi = self.document_sketches(sequences)
+            codes = np.zeros((len(sequences), index.code_bytes(trained)), dtype=np.uint8)
+            known = reuse.copy_known(sequences.fingerprints, self._earlier_codes(shard), codes)
+            fresh = np.flatnonzero(~known)
+            phi = self.document_sketches(sequences.take(fresh))
             finite = np.isfinite(phi).all(axis=1)
-            bad = [sequences.document_ids[row] for row in np.flatnonzero(~finite)]
+            bad = [sequences.document_ids[row] for row in fresh[~finite]]
             corpus.quarantine(source.parent, f"gradients-{source.stem}", bad, "the gradient is not finite")
-            index.build_shard(folder / "trained.faiss", phi[finite], sequences.sequence_ids[finite], path)
+            codes[fresh[finite]] = index.encode(trained, phi[finite])
+            kept = np.setdiff1d(np.arange(len(sequences)), fresh[~finite])
+            receipt = {"parent": self.workspace.published(), "sketched": len(fresh), "reused": int(known.sum())}
+            storage.write_json(folder / f"{source.stem}.json", receipt)
+            index.write_shard(trained, codes[kept], sequences.sequence_ids[kept], path)
 
-        digest = storage.file_digest(source)[:12]
-        return storage.build_once(folder / f"{source.stem}-{digest}.faiss", build)
+        return storage.build_once(folder / f"{source.stem}.faiss", build)
+
+    def _earlier_codes(self, shard: int) -> Iterator[tuple[list[str], npt.NDArray[Any]]]:
+        """Fingerprints and codes of earlier shards that this shard's sequences may be found in."""
+        folder, trained = self.codes_folder(), self.codes_folder() / "trained.faiss"
+        for source in self._earlier_shards(shard):
+            path = folder / f"{source.stem}.faiss"
+            if storage.is_whole(path) and (found := index.read_codes(trained, path)) is not None:
+                ids, codes = found
+                names = corpus.fingerprints(source)
+                yield [names[row] for row in corpus.rows_of(ids)], codes
+
+    def _earlier_shards(self, shard: int) -> Iterator[Path]:
+        """Corpus shards of earlier versions, likeliest first: the published one's, then others of this number.
+
+        Documents keep their shard while the number of shards stays; where it changed, all of the published ones count.
+        """
+        now = self.shards(self.target)
+        published = generations.manifest_of(self.workspace, self.workspace.published())
+        found: list[Path] = []
+        if published is not None and published["settings"]["attribute_to"] == self.target:
+            folder, entries = corpus.shard_entries(self.workspace.root / published["corpora"][self.target])
+            before = [folder / entry["sequences"] for entry in entries]
+            found = before[shard : shard + 1] if len(before) == len(now) else before
+        others = sorted(now[shard].parent.glob(f"shard-{shard:05d}-*.parquet"))
+        for path in dict.fromkeys([*found, *others]):
+            if path != now[shard] and path.exists():
+                yield path
 
     def build_lexical(self) -> Path:
         """The BM25 index over the documents' words."""
         manifest = self.corpus_manifest(self.target)
         folder = self.workspace.root / "lexical" / str(manifest["fingerprint"])
         if not folder.exists():
-            documents = corpus.read_documents(self.workspace.corpus(self.target))
-            temporary = folder.with_name(f".tmp-{folder.name}")
-            shutil.rmtree(temporary, ignore_errors=True)
-            LexicalIndex.build(documents["document_id"].to_pylist(), documents["text"].to_pylist()).save(temporary)
-            temporary.rename(folder)
+            documents = corpus.read_documents(self.workspace.corpus(self.target), ["document_id", "text"])
+            with storage.atomic_folder(folder) as temporary:
+                LexicalIndex.build(documents["document_id"].to_pylist(), documents["text"].to_pylist()).save(temporary)
         return folder
 
     # -- recall -----------------------------------------------------------------------------------
@@ -125,31 +160,53 @@ class Pipeline(Stages):
         queries = self.read_queries(Path(self.config.queries))
         return queries.take(np.arange(min(len(queries), self.config.index.recall_queries)))
 
+    def exact_folder(self, queries: corpus.Queries) -> Path:
+        """Folder of the exact scores that these queries, factors and filters give."""
+        chain_key = [self.factors_fingerprint(stage.name) for stage in self.config.stages]
+        filters = [stage.filter.model_dump() for stage in self.config.stages]
+        return self.workspace.root / "exact" / storage.fingerprint(queries.sequences.fingerprints, chain_key, filters)
+
     def exact_shard(self, shard: int) -> Path:
         """Exact scores of the held-out queries on one shard's sequences, float32 [2, Q, N], as .npy.
 
         The first is the multi-stage score, the second the gradient dot product: a baseline that costs
-        next to nothing in the same pass.
+        next to nothing in the same pass. Sequences that an earlier shard knows keep their scores.
         """
         queries = self.held_out()
         assert queries is not None, "exact_shard is called only where held-out queries are configured"
         source = self.shards(self.target)[shard]
-        chain_key = [self.factors_fingerprint(stage.name) for stage in self.config.stages]
-        filters = [stage.filter.model_dump() for stage in self.config.stages]
-        key = storage.fingerprint(queries.sequences.fingerprints, chain_key, filters, storage.file_digest(source))
+        folder = self.exact_folder(queries)
 
         def build(path: Path) -> None:
-            documents = corpus.read_shard(source)
-            scores = np.zeros((2, len(queries), len(documents)))
-            for rows, raw in self.query_gradients(queries.sequences):
-                filtered = self.chain().filter_all(raw)
-                both = {name: torch.cat([v, raw[name].to(v.dtype)]) for name, v in filtered.items()}
-                scores[:, rows] += self.exact_scores(both, documents).reshape(2, -1, len(documents))
+            sequences = corpus.read_shard(source)
+            scores = np.zeros((len(sequences), 2, len(queries)), dtype=np.float32)
+            known = reuse.copy_known(sequences.fingerprints, self._earlier_scores(shard, folder), scores)
+            fresh = np.flatnonzero(~known)
+            if len(fresh):
+                scores[fresh] = self._exact_both(queries.sequences, sequences.take(fresh)).transpose(2, 0, 1)
             with open(path, "wb") as handle:
-                # A sequence whose gradient is not finite is in quarantine: it ranks last.
-                np.save(handle, np.where(np.isfinite(scores), scores, -np.inf).astype(np.float32))
+                np.save(handle, np.ascontiguousarray(scores.transpose(1, 2, 0)))
 
-        return storage.build_once(self.workspace.root / "exact" / f"{source.stem}-{key}.npy", build)
+        return storage.build_once(folder / f"{source.stem}.npy", build)
+
+    def _exact_both(self, queries: Sequences, documents: Sequences) -> npt.NDArray[np.float64]:
+        """Multi-stage scores and gradient dot products, [2, Q, N].
+
+        A sequence whose gradient is not finite is in quarantine: it ranks last.
+        """
+        scores = np.zeros((2, len(queries), len(documents)))
+        for rows, raw in self.query_gradients(queries):
+            filtered = self.chain().filter_all(raw)
+            both = {name: torch.cat([v, raw[name].to(v.dtype)]) for name, v in filtered.items()}
+            scores[:, rows] += self.exact_scores(both, documents).reshape(2, -1, len(documents))
+        return np.where(np.isfinite(scores), scores, -np.inf)
+
+    def _earlier_scores(self, shard: int, folder: Path) -> Iterator[tuple[list[str], npt.NDArray[Any]]]:
+        """Fingerprints and exact scores [N, 2, Q] of earlier shards."""
+        for source in self._earlier_shards(shard):
+            path = folder / f"{source.stem}.npy"
+            if storage.is_whole(path):
+                yield corpus.fingerprints(source), np.load(path).transpose(2, 0, 1)
 
     def measure_recall(self) -> dict[str, Any]:
         """Recall@10 of the exact top ten among the retrieved 0.5% to 10%, over the held-out queries."""
@@ -173,54 +230,100 @@ class Pipeline(Stages):
             },
         }
 
+    def measure_drift(self) -> dict[str, Any]:
+        """How far the attributed stage's pinned factors have drifted from its corpus, on a sample."""
+        found = {path: corpus.fingerprints(path) for path in self.shards(self.target)}
+        drawn = drift.sample((name for names in found.values() for name in names), self.config.index.drift_sample)
+        paths = [path for path, names in found.items() if drawn.intersection(names)]
+        if not paths:
+            return {}
+        return drift.measure_drift(
+            self.model(self.target),
+            self.maps(self.target),
+            self.factors(self.target),
+            corpus.read_rows(paths, lambda names: np.flatnonzero([name in drawn for name in names])),
+            task=self.config.stage(self.target).task,
+            seed=self.config.curvature.seed,
+            batch_tokens=self.batch_tokens,
+            budget_gb=self.config.curvature.memory_budget_gb,
+        )
+
     # -- generation -------------------------------------------------------------------------------
 
-    def generation_id(self) -> str:
-        """Address of the generation that the corpus, the codes' settings and the chain give."""
+    def content(self) -> str:
+        """Fingerprint of what a generation is built from: the corpus, the codes' settings, the chain, the queries."""
+        queries = self.held_out()
         return storage.fingerprint(
-            str(self.codes_folder().name),
+            self.codes_folder().name,
             self.corpus_manifest(self.target)["fingerprint"],
-            self.config.index.model_dump(),
+            [(stage.filter.model_dump(), self.factors_fingerprint(stage.name)) for stage in self.config.stages],
+            self.config.index.model_dump(exclude={"min_recall"}),
+            queries.sequences.fingerprints if queries is not None else None,
         )
 
     def publish_generation(self) -> Path:
-        """Write the generation's manifest and move the pointer to it."""
-        folder = self.workspace.generations / self.generation_id()
+        """Build the generation that the corpus and the settings give, and publish it; returns its folder.
+
+        What is published already stays. A generation whose recall is below `index.min_recall` is kept, but the
+        pointer does not move to it (`generations.withheld` says why).
+        """
+        parent = generations.manifest_of(self.workspace, self.workspace.published())
+        content = self.content()
+        if parent is not None and parent.get("content") == content:
+            return self.workspace.generations / str(parent["generation"])
+        folder = self.workspace.generations / storage.fingerprint(content, parent and parent["generation"])
         if not (folder / "manifest.json").exists():
-            started = time.perf_counter()
-            shards = [self.index_shard(shard) for shard in range(len(self.shards(self.target)))]
-            manifest = {
-                "generation": folder.name,
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "parent": self.workspace.published(),
-                "corpus": self.corpus_manifest(self.target)["fingerprint"],
-                "factors": {stage.name: self.factors_fingerprint(stage.name) for stage in self.config.stages},
-                "codes_key": self.codes_folder().name,
-                "codes": [str(path.relative_to(self.workspace.root)) for path in shards],
-                "lexical": str(self.build_lexical().relative_to(self.workspace.root)),
-                "n_sequences": self.sequence_count(self.target),
-                "index_bytes": sum(path.stat().st_size for path in shards),
-                "recall": self.measure_recall(),
-                "settings": self.config.model_dump(mode="json"),
-            }
-            manifest["seconds"] = round(time.perf_counter() - started, 1)
-            storage.write_json(folder / "manifest.json", manifest)
-        self.workspace.publish(folder.name)
+            storage.write_json(folder / "manifest.json", self._describe(folder.name, content, parent))
+        manifest = storage.read_json(folder / "manifest.json")
+        if generations.withheld(manifest, self.config.index) is None:
+            self.workspace.publish(folder.name)
         return folder
 
+    def _describe(self, name: str, content: str, parent: dict[str, Any] | None) -> dict[str, Any]:
+        """The manifest of a generation; builds what of it does not stand yet."""
+        started = time.perf_counter()
+        root = self.workspace.root
+        shards = [self.index_shard(shard) for shard in range(len(self.shards(self.target)))]
+        codes = [str(path.relative_to(root)) for path in shards]
+        corpora = {s.name: (self.workspace.corpus(s.name), self.corpus_manifest(s.name)) for s in self.config.stages}
+        folder, own = corpora[self.target]
+        queries = self.held_out()
+        documents = [folder / entry["documents"] for entry in own["shards"]]
+        manifest = {
+            "generation": name,
+            "content": content,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "parent": parent and parent["generation"],
+            "corpus": own["fingerprint"],
+            "corpora": {s: str(corpus.version_path(*found).relative_to(root)) for s, found in corpora.items()},
+            "recipes": {stage.name: self.recipe(stage.name) for stage in self.config.stages},
+            "factors": {stage.name: self.factors_fingerprint(stage.name) for stage in self.config.stages},
+            "codes_key": self.codes_folder().name,
+            "codes": codes,
+            "lexical": str(self.build_lexical().relative_to(root)),
+            "exact": str(self.exact_folder(queries).relative_to(root)) if queries is not None else None,
+            "n_sequences": self.sequence_count(self.target),
+            "index_bytes": sum(path.stat().st_size for path in shards),
+            "changes": generations.changes(root, parent, self.shards(self.target), documents, codes),
+            "recall": self.measure_recall(),
+            "drift": self.measure_drift(),
+            "settings": self.config.model_dump(mode="json"),
+        }
+        return manifest | {"seconds": round(time.perf_counter() - started, 1)}
+
     def check_generation(self, manifest: dict[str, Any]) -> None:
-        """Refuse a generation that belongs to another model, other data or other settings.
+        """Refuse a generation that belongs to another model or other settings.
 
         Raises:
             InputError: names the stage whose factors differ.
         """
         for stage in self.config.stages:
-            if manifest["factors"].get(stage.name) != self.factors_fingerprint(stage.name):
+            if manifest.get("recipes", {}).get(stage.name) != self.recipe(stage.name):
                 raise InputError(
                     f"generation {manifest['generation']} was built with other factors of stage {stage.name!r} "
                     "(another model, other curvature settings); run `msif run CONFIG` first"
                 )
-        if manifest["codes_key"] != self.codes_folder().name:
+        if manifest["codes_key"] != self.holding(manifest["factors"]).codes_folder().name:
             raise InputError(
                 f"generation {manifest['generation']} was built with another filter or sketch; "
                 "run `msif run CONFIG` first"

@@ -1,4 +1,4 @@
-"""Remove what no kept generation needs: old generations, and the codes, factors and words only they used."""
+"""Remove what no kept generation needs: old generations, and the files that only they used."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from msif_core import storage
+from msif_core.generations import parts
 from msif_core.workspace import Workspace
 
 
@@ -24,13 +25,19 @@ class Pruned:
 def prune(workspace: Workspace, keep: int = 3, grace_seconds: float = 3600.0, dry_run: bool = False) -> Pruned:
     """Keep the published generation, those before it that `rollback` reaches, `keep` in all; drop the rest.
 
-    Partial sums of finished factors go too: they are needed only until the fit is done. What is younger than
-    `grace_seconds` stays, so that a build under way loses nothing. Answers are never touched.
+    Kept too: a generation that was built on the published one (withheld, or rolled back from), and one that was
+    published within `grace_seconds`, as queries may still be reading it. Any file younger than that stays, so that a
+    build under way loses nothing. Partial sums of finished factors go: they are needed only until the fit is done.
+    What killed builds left behind goes. Answers are never touched.
     """
-    manifests = {path.parent.name: storage.read_json(path) for path in workspace.generations.glob("*/manifest.json")}
-    kept = [manifests[name] for name in _lineage(manifests, workspace.published(), keep)]
     edge = time.time() - grace_seconds
-    doomed = [path for path in _doomed(workspace, manifests, kept) if _newest(path) <= edge]
+    manifests = {path.parent.name: storage.read_json(path) for path in workspace.generations.glob("*/manifest.json")}
+    published = workspace.published()
+    names = set(_lineage(manifests, published, keep))
+    names |= {name for name, manifest in manifests.items() if published is not None and manifest["parent"] == published}
+    # The published generation's file bears the time of its build; others bear the time they were replaced.
+    names |= {name for name in manifests if _newest(workspace.generations / name) > edge}
+    doomed = [path for path in _doomed(workspace, manifests, names) if _newest(path) <= edge] if names else []
     size = sum(file.stat().st_size for path in doomed for file in _files(path))
     if not dry_run:
         for path in doomed:
@@ -50,27 +57,48 @@ def _lineage(manifests: dict[str, Any], published: str | None, keep: int) -> lis
     return names
 
 
-def _doomed(workspace: Workspace, manifests: dict[str, Any], kept: list[Any]) -> Iterator[Path]:
+def _doomed(workspace: Workspace, manifests: dict[str, Any], names: set[str]) -> Iterator[Path]:
+    """Generations first: one that a killed `prune` left half done is none."""
     root = workspace.root
-    if not kept:
-        return
-    for name in manifests.keys() - {manifest["generation"] for manifest in kept}:
-        yield workspace.generations / name
-    used = {root / code for manifest in kept for code in manifest["codes"]}
-    folders = {path.parent for path in used}
-    for folder in root.glob("codes/*"):
+    kept = [manifests[name] for name in sorted(names)]
+    yield from (workspace.generations / name for name in sorted(manifests.keys() - names))
+    used = {root / path for manifest in kept for path in parts(manifest)}
+    yield from (folder for folder in root.glob("lexical/[!.]*") if folder not in used)
+    yield from _corpora(root, used)
+    stems = {path.stem for path in used if path.suffix == ".faiss"}
+    folders = {path.parent for path in used if path.suffix == ".faiss"}
+    folders |= {root / manifest["exact"] for manifest in kept if manifest.get("exact")}
+    for folder in [*root.glob("codes/[!.]*"), *root.glob("exact/[!.]*")]:
         if folder not in folders:
             yield folder
-            continue
-        for path in folder.glob("shard-*.faiss"):
-            if path not in used:
-                yield path
-                yield from [c for c in [path.with_name(path.name + ".sha256")] if c.exists()]
-    lexical = {root / manifest["lexical"] for manifest in kept}
-    yield from (folder for folder in root.glob("lexical/*") if folder not in lexical)
+        else:
+            yield from (path for path in folder.glob("shard-*") if path.name.partition(".")[0] not in stems)
+    yield from _factors(root, kept)
+    yield from (path for path in root.glob("[!.]*/**/.tmp-*") if not any(p.name[:5] == ".tmp-" for p in path.parents))
+
+
+def _corpora(root: Path, used: set[Path]) -> Iterator[Path]:
+    """Versions that neither a kept generation nor the next build uses, and the files that only they list."""
+    for folder in root.glob("corpus/[!.]*"):
+        versions = {path for path in folder.glob("manifest-*.json") if path in used}
+        kept: set[str] = set()
+        for path in [*versions, *folder.glob("manifest.json")]:
+            manifest = storage.read_json(path)
+            versions.add(folder / f"manifest-{manifest['fingerprint']}.json")
+            kept |= {_content(shard["sequences"]) for shard in manifest["shards"]}
+        yield from (path for path in folder.glob("manifest-*.json") if path not in versions)
+        yield from (p for p in folder.glob("[!.m]*-?????-*") if _content(p.name) not in kept)
+
+
+def _content(name: str) -> str:
+    """The part of a corpus file's name that says what it was made from: 00000-<fingerprint>."""
+    return "-".join(name.partition(".")[0].split("-")[-2:])
+
+
+def _factors(root: Path, kept: list[Any]) -> Iterator[Path]:
     pins = {storage.read_json(pin)["factors"] for pin in root.glob("pins/*.json")}
     fitted = pins | {name for manifest in kept for name in manifest["factors"].values()}
-    for folder in root.glob("factors/*"):
+    for folder in root.glob("factors/[!.]*"):
         if folder.name not in fitted:
             yield folder
         elif (folder / "factors.json").exists() and (folder / "partial").exists():

@@ -42,6 +42,7 @@ class Stages:
         self.config = config
         self.workspace = Workspace(config.workspace.resolve())
         self.progress = progress
+        self._held: dict[str, str] = {}
 
     @classmethod
     def from_config(cls, path: str | Path, progress: Progress = _silent) -> Self:
@@ -120,22 +121,38 @@ class Stages:
 
     # -- curvature --------------------------------------------------------------------------------
 
-    def factors_fingerprint(self, stage: str) -> str:
-        """Address of the stage's factors: model weights, settings, and the data they were fitted on.
-
-        The data is that of the last full build: the pin keeps factors while documents come and go.
-        """
+    def recipe(self, stage: str) -> str:
+        """What the stage's factors depend on beside its data: model weights and settings."""
         settings = self.config.stage(stage)
-        recipe = storage.fingerprint(
+        return storage.fingerprint(
             models.model_fingerprint(settings.model, revision=settings.revision),
             self.config.curvature.model_dump(exclude={"memory_budget_gb"}),
             self.config.compute.dtype,
         )
-        pin = self.workspace.root / "pins" / f"{stage}.json"
-        if not pin.exists() or storage.read_json(pin)["recipe"] != recipe:
-            factors = storage.fingerprint(recipe, self.corpus_manifest(stage)["fingerprint"])
-            storage.write_json(pin, {"recipe": recipe, "factors": factors})
-        return str(storage.read_json(pin)["factors"])
+
+    def factors_fingerprint(self, stage: str) -> str:
+        """Address of the stage's factors: its recipe, and the data they were fitted on.
+
+        The data is that of the last full build: the pin keeps finished factors while documents come and go.
+        A fit that did not finish before its documents changed starts again on the new ones.
+        """
+        if stage in self._held:
+            return self._held[stage]
+        recipe = self.recipe(stage)
+        path = self.workspace.root / "pins" / f"{stage}.json"
+        pin = storage.read_json(path) if path.exists() else None
+        if pin is not None and pin["recipe"] == recipe and self._finished(pin["factors"]):
+            return str(pin["factors"])
+        fresh = storage.fingerprint(recipe, self.corpus_manifest(stage)["fingerprint"])
+        if pin != {"recipe": recipe, "factors": fresh}:
+            storage.write_json(path, {"recipe": recipe, "factors": fresh})
+        return fresh
+
+    def holding(self, factors: dict[str, str]) -> Self:
+        """The same configuration with these factors (stage to fingerprint), whatever is pinned meanwhile."""
+        held = type(self)(self.config, self.progress)
+        held._held = dict(factors)
+        return held
 
     def unpin(self) -> None:
         """Forget the pinned factors: the next build fits them on the corpus as it is."""
@@ -205,7 +222,10 @@ class Stages:
 
     def fitted(self, stage: str) -> bool:
         """Whether the stage's factors are finished (and, being pinned, stay as they are)."""
-        return (self.factors_folder(stage) / "factors.json").exists()
+        return self._finished(self.factors_fingerprint(stage))
+
+    def _finished(self, factors: str) -> bool:
+        return (self.workspace.factors(factors) / "factors.json").exists()
 
     def factors(self, stage: str) -> Factors:
         """The stage's finished factors, memory-mapped."""

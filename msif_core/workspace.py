@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -46,9 +47,17 @@ class Workspace:
         return pointer.read_text().strip() if pointer.exists() else None
 
     def publish(self, generation: str) -> None:
-        """Move the pointer to `generation`: one atomic step."""
+        """Move the pointer to `generation`: one atomic step.
+
+        The manifest of the one before is marked with the time: `prune` spares what queries may still be reading.
+        """
         if not (self.generations / generation / "manifest.json").exists():
             raise InputError(f"generation {generation} is not complete in {self.generations}")
+        before = self.published()
+        if before == generation:
+            return
+        if before is not None and (self.generations / before / "manifest.json").exists():
+            os.utime(self.generations / before / "manifest.json")
         storage.write_text(self.generations / "CURRENT", generation + "\n")
 
     def current_generation(self) -> Path:

@@ -11,9 +11,11 @@ from typer.testing import CliRunner
 
 from flows import cli
 from flows.rebuild_index import what_changed
-from msif_core import storage
+from msif_core import catalog
+from msif_core.config import Config
 from msif_core.errors import InputError
 from msif_core.workspace import Workspace
+from tests.workspace_fixture import write_workspace
 
 RUNNER = CliRunner()
 
@@ -91,17 +93,24 @@ def test_rollback_moves_to_the_parent_and_stops_at_the_first(
     msif: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
     path = config(tmp_path)
-    workspace = Workspace(tmp_path / "workspace")
-    for name, parent in (("one", None), ("two", "one")):
-        storage.write_json(workspace.generations / name / "manifest.json", {"generation": name, "parent": parent})
-    workspace.publish("two")
+    workspace = Workspace(write_workspace(tmp_path / "workspace"))
+    catalog.publish(workspace.root)
+    sql = "select generation from generations where published"
     assert msif("rollback", path)[0] == 0
-    assert workspace.published() == "one"
-    assert msif("rollback", path) == (2, "msif: generation one is the first; there is none before it\n")
+    assert workspace.published() == "g1"
+    assert catalog.query(workspace.root, sql)["generation"].to_pylist() == ["g1"], "the catalog follows"
+    assert msif("rollback", path) == (2, "msif: generation g1 is the first; there is none before it\n")
 
 
-def generation(name: str, factors: str = "f", key: str = "k", codes: tuple[str, ...] = ("a", "b")) -> dict[str, object]:
-    return {"generation": name, "factors": {"pretrain": factors}, "codes_key": key, "codes": list(codes)}
+def generation(name: str, factors: str = "f", key: str = "k", recall: float = 0.9) -> dict[str, object]:
+    changes = {
+        "documents": {"added": 1, "changed": 2, "removed": 3},
+        "sequences": {"sketched": 4, "reused": 5_000, "removed": 6},
+    }
+    return {
+        "generation": name, "factors": {"pretrain": factors}, "codes_key": key, "changes": changes,
+        "recall": {"recall_at_10": {"0.02": recall}},
+    }  # fmt: skip
 
 
 def test_a_rebuild_says_which_case_it_met() -> None:
@@ -110,7 +119,20 @@ def test_a_rebuild_says_which_case_it_met() -> None:
     assert what_changed(old, old).startswith("nothing changed")
     assert what_changed(old, generation("new", factors="g")).startswith("full build")
     assert what_changed(old, generation("new", key="l")).startswith("all codes anew")
-    assert what_changed(old, generation("new", codes=("a", "c"))).startswith("incremental: 1 of 2 shards")
+    assert what_changed(old, generation("new")) == (
+        "incremental, factors kept; documents: 1 added, 2 changed, 3 removed; sequences: 4 sketched, 5,000 reused, "
+        "6 removed; generation new replaces old"
+    )
+
+
+def test_a_rebuild_says_why_it_is_not_published(tmp_path: Path) -> None:
+    strict = Config.load(config(tmp_path, index={"min_recall": 0.8}))
+    old = generation("old")
+    assert what_changed(old, generation("new", recall=0.8), strict).endswith("generation new replaces old")
+    assert what_changed(old, generation("new", recall=0.75), strict).endswith(
+        "recall@10 at 2% re-scored is 0.750, below index.min_recall = 0.8: generation new is kept but not published, "
+        "old stays published"
+    )
 
 
 def test_wrong_input_is_not_retried() -> None:

@@ -46,8 +46,9 @@ def build(documents: Any, folder: Path, tokenizer: Any, **options: Any) -> dict[
 
 def read_all(folder: Path) -> dict[str, list[list[int]]]:
     found: dict[str, list[list[int]]] = {}
-    for path in sorted(folder.glob("shard-*.parquet")):
-        shard = corpus.read_shard(path)
+    _, entries = corpus.shard_entries(folder)
+    for entry in entries:
+        shard = corpus.read_shard(folder / entry["sequences"])
         for name, ids in zip(shard.document_ids, shard.input_ids, strict=True):
             found.setdefault(name, []).append(ids.tolist())
     return found
@@ -161,22 +162,15 @@ def test_jsonl_parquet_and_datasets_give_the_same_shards(tmp_path: Path, tokeniz
 
 
 def encodings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The ids of the documents that shards encode from now on."""
+    """The ids of the documents that are encoded from now on, beside the first ones that size the shards."""
+    monkeypatch.setattr(corpus, "SIZED_BY", 1)
     seen: list[str] = []
-    original = corpus.tokenize_shard
 
-    def counted(raw: Path, folder: Path, number: int, *rest: Any) -> Any:
-        before = (
-            (folder / f"shard-{number:05d}.parquet").stat().st_mtime_ns
-            if folder.joinpath(f"shard-{number:05d}.parquet").exists()
-            else 0
-        )
-        entry = original(raw, folder, number, *rest)
-        if (folder / entry["sequences"]).stat().st_mtime_ns != before:
-            seen.append(entry["sequences"])
-        return entry
+    def counted(record: Any, *rest: Any) -> Any:
+        seen.append(record["id"])
+        return encoding.encode(record, *rest)
 
-    monkeypatch.setattr(corpus, "tokenize_shard", counted)
+    monkeypatch.setattr(corpus, "encode", counted)
     return seen
 
 
@@ -197,9 +191,14 @@ def test_a_changed_document_changes_its_shard_alone(tmp_path: Path, tokenizer: A
     found = documents(40)
     first = build(write_jsonl(tmp_path / "a.jsonl", found), tmp_path / "c", tokenizer, shard_sequences=10)
     found[3] = {**found[3], "text": words(5, 17)}
+    before = read_all(tmp_path / "c")
+    version = corpus.version_path(tmp_path / "c", first)
     seen = encodings(monkeypatch)
     second = build(write_jsonl(tmp_path / "a.jsonl", found), tmp_path / "c", tokenizer, shard_sequences=10)
-    assert seen == [f"shard-{corpus.shard_of('d3', 4):05d}.parquet"]
+    assert set(seen[1:]) == {f"d{i}" for i in range(40) if corpus.shard_of(f"d{i}", 4) == corpus.shard_of("d3", 4)}
+    assert read_all(tmp_path / "c")["d3"] != before["d3"]
+    old = corpus.sequences_of_documents(version, ["d3"])
+    assert [ids.tolist() for ids in old.input_ids] == before["d3"], "the version before is as it was"
     changed = [a["digest"] != b["digest"] for a, b in zip(first["shards"], second["shards"], strict=True)]
     assert sum(changed) == 1
 
@@ -211,10 +210,27 @@ def test_a_growing_corpus_keeps_its_number_of_shards(tmp_path: Path, tokenizer: 
     assert len(read_all(tmp_path / "c")) == 60
 
 
-@pytest.mark.parametrize("name", ["shard-00001.parquet", "documents-00000.parquet"])
-def test_a_damaged_shard_is_made_anew(tmp_path: Path, tokenizer: Any, name: str):
+def test_other_metadata_make_another_version(tmp_path: Path, tokenizer: Any):
+    found = documents(4)
+    first = build(write_jsonl(tmp_path / "a.jsonl", found), tmp_path / "c", tokenizer)
+    found[0]["year"] = 2000
+    second = build(write_jsonl(tmp_path / "a.jsonl", found), tmp_path / "c", tokenizer)
+    assert first["fingerprint"] != second["fingerprint"]
+    years = [
+        [
+            json.loads(m)["year"]
+            for m in corpus.read_documents(corpus.version_path(tmp_path / "c", v))["metadata"].to_pylist()
+        ]
+        for v in (first, second)
+    ]
+    assert years == [[1900, 1901, 1902, 1903], [2000, 1901, 1902, 1903]]
+
+
+@pytest.mark.parametrize(("kind", "number"), [("sequences", 1), ("documents", 0)])
+def test_a_damaged_shard_is_made_anew(tmp_path: Path, tokenizer: Any, kind: str, number: int):
     path = write_jsonl(tmp_path / "a.jsonl", documents(20))
     first = build(path, tmp_path / "c", tokenizer, shard_sequences=10)
+    name = first["shards"][number][kind]
     damaged = tmp_path / "c" / name
     damaged.write_bytes(damaged.read_bytes()[:-20])
     with pytest.raises(InputError, match=f"{name}: damaged"):
@@ -234,7 +250,7 @@ def test_a_document_without_a_target_is_quarantined(tmp_path: Path, tokenizer: A
     records = [{"id": "a", "text": "w1 w2"}, {"id": "b", "input_ids": [4, 5], "labels": [4, -100]}]
     manifest = build(write_jsonl(tmp_path / "a.jsonl", records), tmp_path / "c", tokenizer)
     assert manifest["quarantined"] == 1
-    table = corpus.read_table(tmp_path / "c" / "quarantine-00000.parquet")
+    table = corpus.read_table(tmp_path / "c" / manifest["shards"][0]["quarantine"])
     assert table["document_id"].to_pylist() == ["b"]
     assert sorted(read_all(tmp_path / "c")) == ["a"]
 
@@ -265,8 +281,8 @@ def test_sequences_and_documents_find_each_other(tmp_path: Path, tokenizer: Any)
 
 
 def test_read_shard_gives_aligned_arrays(tmp_path: Path, tokenizer: Any):
-    build(write_jsonl(tmp_path / "a.jsonl", documents(3)), tmp_path / "c", tokenizer)
-    shard = corpus.read_shard(tmp_path / "c" / "shard-00000.parquet")
+    manifest = build(write_jsonl(tmp_path / "a.jsonl", documents(3)), tmp_path / "c", tokenizer)
+    shard = corpus.read_shard(tmp_path / "c" / manifest["shards"][0]["sequences"])
     assert len(shard) == 3
     assert shard.sequence_ids.dtype == np.int64
     assert all(

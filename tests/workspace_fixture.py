@@ -58,7 +58,8 @@ def write_corpus(root: Path, stage: str, n_documents: int, seed: int = 0) -> lis
         folder / "quarantine-00000.parquet",
         pa.table({"document_id": ["bad-1"], "reason": ["the text is empty"]}, schema=corpus.QUARANTINE),
     )
-    shard = {"sequences": "shard-00000.parquet", "documents": "documents-00000.parquet"}
+    shard = {"sequences": "shard-00000.parquet", "documents": "documents-00000.parquet",
+             "quarantine": "quarantine-00000.parquet"}  # fmt: skip
     shard |= {"n_sequences": n_documents, "n_documents": n_documents, "n_quarantined": 1}
     manifest = {"shards": [shard], "fingerprint": "c" * 16, "max_length": 128, "key": "k"}
     storage.write_json(folder / "manifest.json", manifest)

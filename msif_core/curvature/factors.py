@@ -53,6 +53,7 @@ class Factors:
         self.folder = folder
         self.maps: dict[str, dict[str, str]] = manifest["maps"]
         self.mean_targets: float = manifest["mean_targets"]
+        self.sequences: int = manifest["sequences"]
         self.fingerprint = folder.name
         self._device = device
         self._dtype = dtype

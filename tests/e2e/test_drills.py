@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -49,6 +50,7 @@ def wait_for(condition: Path, process: subprocess.Popen[bytes], pattern: str, se
 
 def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     config = write_project(tmp_path)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"curvature": {"part_sequences": 24}}))
     workspace = tmp_path / "workspace"
     moments = (("factors", "covariance-00001*"), ("factors", "eigenvalues-00000*"), ("codes", "shard-00000*.faiss"))
     for kind, pattern in moments:

@@ -73,7 +73,7 @@ def test_story(config: Path, url: str, msif: Msif) -> None:
     assert first.returncode == 0, first.stderr
     generation = published(config)
     before = modified(config)
-    assert {p.suffix for p in (workspace / "codes").rglob("shard-*")} == {".faiss", ".sha256"}
+    assert {p.suffix for p in (workspace / "codes").rglob("shard-*")} == {".faiss", ".sha256", ".json"}
 
     again = msif("run", config)
     assert again.returncode == 0, again.stderr
@@ -119,7 +119,9 @@ def test_story(config: Path, url: str, msif: Msif) -> None:
     write_records(root / "documents.jsonl", changed)
     rebuilt = msif("rebuild", config)
     assert rebuilt.returncode == 0, rebuilt.stderr
-    assert "Incremental: " in rebuilt.stdout
+    printed = " ".join(rebuilt.stdout.split())
+    assert "Incremental, factors kept; documents: 1 added, 0 changed, 1 removed" in printed
+    assert "sequences: 1 sketched, 47 reused, 1 removed" in printed
     assert published(config) != generation
     factors = {p: t for p, t in modified(config).items() if "/factors/" in p}
     assert factors == {p: t for p, t in before.items() if "/factors/" in p}, "factors stay pinned"
@@ -130,6 +132,14 @@ def test_story(config: Path, url: str, msif: Msif) -> None:
     second = published(config)
     assert msif("rollback", config).returncode == 0
     assert published(config) == generation
+    present = msif("sql", config, "select document_id from documents where document_id in ('d03', 'new')")
+    assert "d03" in present.stdout
+    assert "new" not in present.stdout, "SQL sees the documents of the published generation"
+    old = msif("attribute", config, "--queries", root / "queries.jsonl", "--out", root / "old.parquet")
+    assert old.returncode == 0, old.stderr
+    ranked = ("query_id", "document_id", "sequence_id", "score")
+    rows = [[row[key] for key in ranked] for row in pq.read_table(root / "old.parquet").to_pylist()]
+    assert rows == [[row[key] for key in ranked] for row in influences], "the generation before answers as it did"
     assert msif("rollback", config).returncode == 2
     assert msif("rebuild", config).returncode == 0
     assert published(config) == second

@@ -1,0 +1,103 @@
+"""Generations: what a build changed and saved, whether it may be published, and the way back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from msif_core import corpus, storage
+from msif_core.config import IndexSettings
+from msif_core.errors import InputError
+from msif_core.workspace import Workspace
+
+Manifest = dict[str, Any]
+RECALL_AT = "0.02"
+"""Share re-scored whose recall decides over a publish."""
+
+
+def manifest_of(workspace: Workspace, generation: str | None) -> Manifest | None:
+    """The manifest of a generation, None where there is no such generation."""
+    path = workspace.generations / (generation or "none") / "manifest.json"
+    return dict(storage.read_json(path)) if generation is not None and path.exists() else None
+
+
+def withheld(manifest: Manifest, settings: IndexSettings) -> str | None:
+    """Why a generation may not be published, None where it may."""
+    recall = manifest["recall"].get("recall_at_10", {}).get(RECALL_AT)
+    if recall is None or recall >= settings.min_recall:
+        return None
+    return (
+        f"recall@10 at {float(RECALL_AT):.0%} re-scored is {recall:.3f}, below index.min_recall = "
+        f"{settings.min_recall:g}: generation {manifest['generation']} is kept but not published"
+    )
+
+
+def rollback(workspace: Workspace) -> str:
+    """Publish the generation before the published one; returns its id.
+
+    Raises:
+        InputError: there is none, or what it needs is gone.
+    """
+    manifest = storage.read_json(workspace.current_generation() / "manifest.json")
+    parent = manifest_of(workspace, manifest["parent"])
+    if manifest["parent"] is None:
+        raise InputError(f"generation {manifest['generation']} is the first; there is none before it")
+    if parent is None or (gone := [part for part in parts(parent) if not (workspace.root / part).exists()]):
+        missing = gone[0] if parent else "its manifest"
+        raise InputError(f"generation {manifest['parent']} was pruned ({missing} is gone); run `msif rebuild CONFIG`")
+    workspace.publish(str(manifest["parent"]))
+    return str(manifest["parent"])
+
+
+def parts(manifest: Manifest) -> list[str]:
+    """Paths below the workspace that answering from a generation takes, beside its factors."""
+    return [*manifest.get("codes", []), *manifest.get("corpora", {}).values(), *filter(None, [manifest.get("lexical")])]
+
+
+def changes(
+    root: Path, before: Manifest | None, shards: list[Path], documents: list[Path], codes: list[str]
+) -> dict[str, dict[str, int]]:
+    """What a build added, changed and removed against the generation before, and the sketches it saved.
+
+    Reads the files that differ alone. `shards` and `documents` are the new corpus's, `codes` the new codes' paths
+    below `root`; a receipt beside each of those tells how it was made.
+    """
+    old_shards, old_documents = [], []
+    if before is not None:
+        folder, entries = corpus.shard_entries(root / before["corpora"][before["settings"]["attribute_to"]])
+        old_shards = [folder / entry["sequences"] for entry in entries]
+        old_documents = [folder / entry["documents"] for entry in entries]
+    was, now = (_sequences(set(mine) - set(other)) for mine, other in ((old_shards, shards), (shards, old_shards)))
+    gone, come = (
+        _documents(set(mine) - set(other)) for mine, other in ((old_documents, documents), (documents, old_documents))
+    )
+    parent, sketched = before["generation"] if before else None, 0
+    for path in set(codes) - set(before["codes"] if before else ()):
+        receipt = storage.read_json((root / path).with_suffix(".json"))
+        # Codes that stand from an earlier generation still cost this build nothing.
+        sketched += receipt["sketched"] if receipt["parent"] == parent else 0
+    total = sum(pa.parquet.read_metadata(path).num_rows for path in shards)
+    return {
+        "documents": {
+            "added": len(come.keys() - gone.keys()),
+            "changed": sum(gone[name] != come[name] for name in come.keys() & gone.keys()),
+            "removed": len(gone.keys() - come.keys()),
+        },
+        "sequences": {"sketched": sketched, "reused": total - sketched, "removed": sum((was - now).values())},
+    }
+
+
+def _sequences(paths: Iterable[Path]) -> Counter[str]:
+    return Counter(fingerprint for path in paths for fingerprint in corpus.fingerprints(path))
+
+
+def _documents(paths: Iterable[Path]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for path in paths:
+        table = corpus.read_table(path, ["document_id", "fingerprint"])
+        found |= dict(zip(table["document_id"].to_pylist(), table["fingerprint"].to_pylist(), strict=True))
+    return found
