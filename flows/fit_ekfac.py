@@ -11,10 +11,15 @@ from tasks import curvature
 def fit_ekfac(config: Config) -> None:
     """Fit every stage's factors: two passes over the parts of the sample, each added up in part order."""
     for stage in (stage.name for stage in config.stages):
-        if Pipeline(config).fitted(stage):
-            continue
-        parts = range(len(Pipeline(config).fit_parts(stage)))
-        curvature.covariance_part.map(unmapped(config), unmapped(stage), parts).result()
-        curvature.combine_covariances(config, stage)
-        curvature.eigenvalue_part.map(unmapped(config), unmapped(stage), parts).result()
-        curvature.combine_eigenvalues(config, stage)
+        if not Pipeline(config).fitted(stage):
+            fit_stage(config, stage)
+        Pipeline(config).remove_sums(stage)
+
+
+def fit_stage(config: Config, stage: str) -> None:
+    """Both passes over the parts of the sample."""
+    parts = range(len(Pipeline(config).fit_parts(stage)))
+    curvature.covariance_part.map(unmapped(config), unmapped(stage), parts).result()
+    curvature.combine_covariances(config, stage)
+    curvature.eigenvalue_part.map(unmapped(config), unmapped(stage), parts).result()
+    curvature.combine_eigenvalues(config, stage)

@@ -339,17 +339,9 @@ class Pipeline(Stages):
         """Tokenize, fit and index; a second call finds everything in place. Returns the generation."""
         for stage in (stage.name for stage in self.config.stages):
             self.tokenize(stage)
-            if self.fitted(stage):
-                continue
-            parts = len(self.fit_parts(stage))
-            for step, finish in (
-                (self.covariance_part, self.combine_covariances),
-                (self.eigenvalue_part, self.combine_eigenvalues),
-            ):
-                for part in range(parts):
-                    step(stage, part)
-                    self.progress(f"{step.__name__} {stage}", part + 1, parts)
-                finish(stage)
+            if not self.fitted(stage):
+                self.fit_stage(stage)
+            self.remove_sums(stage)
         self.train_index()
         count = len(self.shards(self.target))
         for shard in range(count):
@@ -358,6 +350,18 @@ class Pipeline(Stages):
         folder = self.publish_generation()
         self.publish_catalog()
         return folder
+
+    def fit_stage(self, stage: str) -> None:
+        """Both passes of the EK-FAC fit, each followed by its sum."""
+        parts = len(self.fit_parts(stage))
+        for step, finish in (
+            (self.covariance_part, self.combine_covariances),
+            (self.eigenvalue_part, self.combine_eigenvalues),
+        ):
+            for part in range(parts):
+                step(stage, part)
+                self.progress(f"{step.__name__} {stage}", part + 1, parts)
+            finish(stage)
 
     def attribute(self, queries: Path | Sequence[dict[str, Any]], top_k: int | None = None) -> Attribution:
         """Rank the attributed stage's documents for each query, with exact scores."""

@@ -194,14 +194,13 @@ class Stages:
         return self.fit(stage).eigenvalues(part, self.fit_sample(stage, part))
 
     def combine_eigenvalues(self, stage: str) -> Path:
-        """Add the parts' sums into the corrected eigenvalues; returns the finished factors' folder.
+        """Add the parts' sums into the corrected eigenvalues; returns the finished factors' folder."""
+        return self.fit(stage).finish(len(self.fit_parts(stage)))
 
-        The parts' sums are of no more use then, and many times the factors' size: they are removed.
-        """
-        folder = self.fit(stage).finish(len(self.fit_parts(stage)))
-        for partial in folder.glob("partial-*"):
+    def remove_sums(self, stage: str) -> None:
+        """Remove the parts' sums: of no more use when the factors are finished, and many times their size."""
+        for partial in self.factors_folder(stage).glob("partial-*"):
             shutil.rmtree(partial)
-        return folder
 
     def fit(self, stage: str) -> Fit:
         """The stage's fit; documents whose gradients are not finite go into the corpus's quarantine."""
