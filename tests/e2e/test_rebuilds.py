@@ -12,6 +12,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,8 @@ def run(folder: Path, builder: Forker, asker: Forker, rebuilds: int, kill_share:
             process = builder.start(config, *(("after", 5) if number == 2 and not killed else ()))  # one for certain
             if world.random.random() < kill_share:
                 time.sleep(world.random.uniform(0, seconds))
-                os.kill(process, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it has ended already
+                    os.kill(process, signal.SIGKILL)
             finished = builder.wait()
             world.note()
             if finished:
