@@ -28,7 +28,7 @@ def what_changed(before: dict[str, Any] | None, after: dict[str, Any], config: C
     """Which case a rebuild met, why, and what it saved, from the generations' manifests."""
     if before is not None and before["generation"] == after["generation"]:
         return f"nothing changed: generation {after['generation']} stays published"
-    case = f"{_case(before, after)}; {saved(after['changes'])}"
+    case = f"{_case(before, after)}; {saved(after['changes'])}{drifted(after.get('drift') or {})}"
     if config is not None and (reason := generations.withheld(after, config.index)) is not None:
         return f"{case}; {reason}" + (f", {before['generation']} stays published" if before else "")
     return f"{case}; generation {after['generation']} " + (
@@ -55,3 +55,11 @@ def saved(changes: dict[str, dict[str, int]]) -> str:
         f"sequences: {sequences['sketched']:,} sketched, {sequences['reused']:,} reused, "
         f"{sequences['removed']:,} removed"
     )
+
+
+def drifted(drift: dict[str, Any]) -> str:
+    """How far the pinned factors are from the corpus, in words; nothing where it was not measured."""
+    if not drift:
+        return ""
+    difference, noise = f"{drift['difference']:.0%}", f"{drift['noise']:.0%}"
+    return f"; the pinned eigenvalues differ from today's by {difference} (sampling noise {noise})"

@@ -1,7 +1,7 @@
 """Builds that are killed, and queries beside them: a process that imports everything once and forks for each job.
 
-As a script it reads a job a line from its standard input, answers with the child's process id, and, once that has
-ended, with its wait status. `Forker` is its other end. The script starts no thread before it forks.
+As a script it reads a job a line from its standard input and answers with the child's wait status once that has ended.
+`Forker` is its other end. The script starts no thread before it forks.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 from types import TracebackType
@@ -23,47 +24,40 @@ class Forker:
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.forker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, cwd=Path(__file__).parents[1],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+            cwd=Path(__file__).parents[1], start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"},
         )  # fmt: skip
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self.process.kill()
+        os.killpg(self.process.pid, signal.SIGKILL)  # its child too
         self.process.wait()
 
-    def start(self, config: Path, at: str = "", count: int = 0) -> int:
-        """Start a build; with `at` it kills itself before or after its `count`-th rename. Returns its process id."""
-        return self._start(config=str(config), at=at, count=count)
+    def build(self, config: Path, at: str = "", count: int = 0, seconds: float | None = None) -> bool:
+        """Build; killed before or after the `count`-th rename, or after `seconds`. Whether it came to its end."""
+        self._start(config=str(config), at=at, count=count, seconds=seconds)
+        return self.wait()
 
-    def start_asking(self, config: Path, queries: Path, stop: Path) -> int:
+    def start_asking(self, config: Path, queries: Path, stop: Path) -> None:
         """Answer `queries` again and again until the file `stop` is there."""
-        return self._start(config=str(config), queries=str(queries), stop=str(stop))
+        self._start(config=str(config), queries=str(queries), stop=str(stop))
 
-    def _start(self, **job: Any) -> int:
+    def _start(self, **job: Any) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(job) + "\n")
-        return int(self._answer())
 
     def wait(self) -> bool:
-        """Whether the build came to its end, and was not killed; an error in it is an error here."""
-        status = int(self._answer())
+        """Whether the job came to its end, and was not killed; an error in it is an error here."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "the forking process has ended"
+        status = int(line)
         if os.WIFSIGNALED(status):
             assert os.WTERMSIG(status) == signal.SIGKILL
             return False
         assert status == 0, "the build failed, see its traceback"
         return True
-
-    def build(self, config: Path, at: str = "", count: int = 0) -> bool:
-        """`start` and `wait`."""
-        self.start(config, at, count)
-        return self.wait()
-
-    def _answer(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, "the forking process has ended"
-        return line
 
 
 def kill_at(root: Path, at: str, count: int) -> None:
@@ -112,7 +106,9 @@ def main() -> None:
                 traceback.print_exc()
                 os._exit(1)
             os._exit(0)
-        print(child, flush=True)
+        if job.get("seconds") is not None:
+            time.sleep(job["seconds"])
+            os.kill(child, signal.SIGKILL)  # where it has ended by itself, it is still to be waited for
         print(os.waitpid(child, 0)[1], flush=True)
 
 

@@ -7,12 +7,9 @@ carried along through all rebuilds must equal those of a build from scratch bit 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -162,12 +159,12 @@ def run(folder: Path, builder: Forker, asker: Forker, rebuilds: int, kill_share:
             world.roll_back()
         while True:
             started = time.monotonic()
-            process = builder.start(config, *(("after", 5) if number == 2 and not killed else ()))  # one for certain
-            if world.random.random() < kill_share:
-                time.sleep(world.random.uniform(0, seconds))
-                with suppress(ProcessLookupError):  # it has ended already
-                    os.kill(process, signal.SIGKILL)
-            finished = builder.wait()
+            if number == 2 and not killed:
+                finished = builder.build(config, "after", 5)  # one for certain
+            elif world.random.random() < kill_share:
+                finished = builder.build(config, seconds=world.random.uniform(0, seconds))
+            else:
+                finished = builder.build(config)
             world.note()
             if finished:
                 seconds = time.monotonic() - started
