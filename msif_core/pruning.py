@@ -101,8 +101,8 @@ def _factors(root: Path, kept: list[Any]) -> Iterator[Path]:
     for folder in root.glob("factors/[!.]*"):
         if folder.name not in fitted:
             yield folder
-        elif (folder / "factors.json").exists() and (folder / "partial").exists():
-            yield folder / "partial"
+        elif (folder / "factors.json").exists():
+            yield from folder.glob("partial-*")
 
 
 def _files(path: Path) -> list[Path]:
