@@ -36,7 +36,7 @@ class Size:
         torch.manual_seed(0)
         config = transformers.GPTNeoXConfig(
             hidden_size=self.hidden, num_hidden_layers=self.layers, num_attention_heads=self.heads,
-            intermediate_size=4 * self.hidden, vocab_size=VOCABULARY, max_position_embeddings=max(512, self.tokens),
+            intermediate_size=4 * self.hidden, vocab_size=VOCABULARY, max_position_embeddings=max(2048, self.tokens),
         )  # fmt: skip
         return models.freeze(transformers.GPTNeoXForCausalLM(config).to(device, dtype))
 

@@ -37,14 +37,14 @@ def prepare(case: Case) -> Mapping[str, Step]:
     for name in ("train", "query"):
         tokens = case.tokens(name)
         rows = {"input_ids": tokens.tolist(), "labels": tokens.tolist(), "length": [tokens.shape[1]] * len(tokens)}
-        Dataset.from_dict(rows).save_to_disk(str(scratch / name))
+        Dataset.from_dict(rows).save_to_disk(str(scratch / f"data-{name}"))
 
     def config(run: str, data: str = "train", projection: int = 0) -> IndexConfig:
         """A step's configuration; its folder is emptied, so that the step runs."""
         for path in (scratch / run, scratch / f"{run}.part"):
             shutil.rmtree(path, ignore_errors=True)
         made = IndexConfig(
-            str(scratch / run), model=case.model, data=DataConfig(dataset=str(scratch / data)), precision="fp32",
+            str(scratch / run), model=case.model, data=DataConfig(dataset=str(scratch / f"data-{data}")), precision="fp32",
             token_batch_size=settings["batch"] * case.tokens("train").shape[1], include_bias=True,
             loss_reduction="sum", projection_dim=projection, overwrite=True,
         )  # fmt: skip
@@ -58,7 +58,7 @@ def prepare(case: Case) -> Mapping[str, Step]:
 
     def scores() -> np.ndarray:
         query = config("query")
-        build_query(query, QuerySetConfig(dataset=str(scratch / "query")), PreprocessConfig())
+        build_query(query, QuerySetConfig(dataset=str(scratch / "data-query")), PreprocessConfig())
         applied = scratch / "applied"
         shutil.rmtree(applied, ignore_errors=True)
         launch_distributed_run(
