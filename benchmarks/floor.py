@@ -95,14 +95,12 @@ def measure(label: str, passes: Passes, repeats: int, device: str, dtype: torch.
     took["sketch"] -= took[WEIGHTS]
     rows: list[list[tables.Cell]] = []
     for name, (_, flops) in passes.passes.items():
+        if name == WEIGHTS:
+            rows.append([name, took[name], None, None, None, None])
+            continue
         total = flops * passes.size.sequences
-        row: list[tables.Cell] = [name, took[name], min(times[name]), None, None, None]
-        if name != WEIGHTS:
-            row[2] = total / rate
-            row[3:] = [took[name] * rate / total, took[name] / took[BARE], total / took[name] / 1e12]
-        else:
-            row[2] = None
-        rows.append(row)
+        ratios = [took[name] * rate / total, took[name] / took[BARE], total / took[name] / 1e12]
+        rows.append([name, took[name], total / rate, *ratios])
     size = passes.size
     notes = [
         f"{size.sequences} sequences of {size.tokens} tokens, {str(dtype).removeprefix('torch.')}; matrix rate "

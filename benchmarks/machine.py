@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import statistics
 import subprocess
 import time
@@ -85,5 +84,12 @@ def matrix_product(device: str = "cpu", dtype: torch.dtype = torch.float32) -> t
 
 
 def peak_bytes() -> int:
-    """Largest resident size of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Largest resident size of this process so far. (ru_maxrss would count what the parent held at the fork.)"""
+    return memory("VmHWM")
+
+
+def memory(field: str) -> int:
+    """A size from /proc/self/status in bytes, 0 where the system has none."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), 0)

@@ -46,5 +46,7 @@ def save(path: Path, tables: Sequence[Table]) -> None:
 
 
 def load(path: Path) -> list[Table]:
-    """The tables of a section."""
+    """The tables of a section, none where it has left none."""
+    if not path.exists():
+        return []
     return [Table(**table) for table in json.loads(path.read_text(encoding="utf-8"))]

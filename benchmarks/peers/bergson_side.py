@@ -44,17 +44,15 @@ def prepare(case: Case) -> Mapping[str, Step]:
         for path in (scratch / run, scratch / f"{run}.part"):
             shutil.rmtree(path, ignore_errors=True)
         made = IndexConfig(
-            str(scratch / run), model=case.model, data=DataConfig(dataset=str(scratch / f"data-{data}")), precision="fp32",
-            token_batch_size=settings["batch"] * case.tokens("train").shape[1], include_bias=True,
+            str(scratch / run), model=case.model, data=DataConfig(dataset=str(scratch / f"data-{data}")),
+            precision="fp32", token_batch_size=settings["batch"] * case.tokens("train").shape[1], include_bias=True,
             loss_reduction="sum", projection_dim=projection, overwrite=True,
         )  # fmt: skip
         made.partial_run_path.mkdir(parents=True, exist_ok=True)
         return made
 
     def fit() -> None:
-        approximate_hessians(
-            config("kfac"), HessianConfig(method="kfac", ev_correction=True, use_dataset_labels=True)
-        )
+        approximate_hessians(config("kfac"), HessianConfig(method="kfac", ev_correction=True, use_dataset_labels=True))
 
     def scores() -> np.ndarray:
         query = config("query")
@@ -71,9 +69,11 @@ def prepare(case: Case) -> Mapping[str, Step]:
             query.distributed,
         )  # fmt: skip
         score_dataset(config("scores"), ScoreConfig(query_path=str(applied)), PreprocessConfig())
-        return np.asarray(load_scores(Path(scratch / "scores"))[:], dtype=np.float32).reshape(
-            len(case.tokens("train")), -1
-        ).T
+        return (
+            np.asarray(load_scores(Path(scratch / "scores"))[:], dtype=np.float32)
+            .reshape(len(case.tokens("train")), -1)
+            .T
+        )
 
     def index(projection: int) -> None:
         build(config("index", projection=projection), PreprocessConfig())

@@ -16,9 +16,7 @@ def prepare(case: Case) -> Mapping[str, Step]:
     """EK-FAC fit and scores, a sequence at a time."""
     model: Any = transformers.GPTNeoXForCausalLM.from_pretrained(case.model, dtype=torch.float32).eval()
     head = model.get_output_embeddings()
-    maps: dict[str, Any] = {
-        n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head
-    }
+    maps: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
     model.requires_grad_(False)
     for module in maps.values():
         module.requires_grad_(True)

@@ -49,9 +49,7 @@ def prepare(case: Case) -> Mapping[str, Step]:
     def scores() -> np.ndarray:
         chain = Chain((FilteredStage(Factors.open(folder), Damped(settings["damping"])),))
         gradients = scoring.query_gradients(model, maps, query, batch_tokens, task="causal_lm")
-        return scoring.score_sequences(
-            model, maps, chain.filter_all(gradients), train, batch_tokens, task="causal_lm"
-        )
+        return scoring.score_sequences(model, maps, chain.filter_all(gradients), train, batch_tokens, task="causal_lm")
 
     def build(whitening: Any) -> None:
         sketcher = Sketcher(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from benchmarks.machine import peak_bytes
 
 REPLY = "@reply "
 Step = Callable[[], np.ndarray | None]
@@ -56,7 +57,7 @@ def serve(prepare: Callable[[Case], Mapping[str, Step]]) -> None:
     case = Case(Path(sys.argv[1]))
     torch.set_num_threads(case.settings["threads"])
     steps = prepare(case)
-    _reply(steps=list(steps), peak=_peak())
+    _reply(steps=list(steps), peak=peak_bytes())
     for line in sys.stdin:
         name = line.strip()
         start = time.perf_counter()
@@ -65,15 +66,11 @@ def serve(prepare: Callable[[Case], Mapping[str, Step]]) -> None:
         path = case.folder / f"{Path(sys.argv[0]).stem}-{name.replace(' ', '-')}.npy"
         if matrix is not None:
             np.save(path, matrix)
-        _reply(seconds=took, peak=_peak(), matrix=str(path) if matrix is not None else None)
+        _reply(seconds=took, peak=peak_bytes(), matrix=str(path) if matrix is not None else None)
 
 
 def _reply(**values: Any) -> None:
     print(REPLY + json.dumps(values), flush=True)
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Side:
