@@ -20,7 +20,7 @@ SECTIONS = {
     "floor": "benchmarks.floor", "peers": "benchmarks.peers", "search": "benchmarks.search",
     "endtoend": "benchmarks.endtoend",
 }  # fmt: skip
-LIMIT = {False: 600.0, True: 180.0}
+LIMIT = {False: 600.0, True: 300.0}
 """Seconds that a section may take, full and quick."""
 
 
