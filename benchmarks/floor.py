@@ -29,6 +29,8 @@ from msif_core.sketch import Sketcher
 
 REPEATS = 5
 BATCH_TOKENS = 2048
+BUDGET = 16.0
+"""Gigabytes of statistics held together: every map in one pass."""
 SKETCH: Any = SimpleNamespace(dimensions=32_000, whitening="eigen", seed=0)
 BARE, RATE, WEIGHTS = "bare forward + backward", "matrix product", "sketch weights"
 Pass = tuple[Callable[[], object], float]
@@ -68,9 +70,9 @@ class Passes:
             "eigenvalues": (
                 lambda: fit.eigenvalue_sums(model, maps, factors, sequences, **common), base + rotation + outer,
             ),
-            WEIGHTS: (lambda: sketcher.documents(model, empty, batch_tokens), 0.0),
+            WEIGHTS: (lambda: sketcher.documents(model, empty, batch_tokens, BUDGET), 0.0),
             "sketch": (
-                lambda: sketcher.documents(model, sequences, batch_tokens),
+                lambda: sketcher.documents(model, sequences, batch_tokens, BUDGET),
                 base + rotation + outer + 4.0 * self.tracked,
             ),
             "exact scores, 1 query": (lambda: score(one), base + outer),

@@ -40,16 +40,12 @@ class Real:
     """The workspace's sketches phi [N, d], its held-out queries psi [Q, d], and their exact scores [Q, N]."""
 
     def __init__(self, pipeline: Pipeline) -> None:
-        target, queries = pipeline.target, pipeline.held_out()
+        queries = pipeline.held_out()
         assert queries is not None, "the workspace has held-out queries"
-        shards = [corpus.read_shard(path) for path in pipeline.shards(target)]
-        sketcher = pipeline.sketcher()
-        model = pipeline.model(target)
-        self.phi = np.concatenate([sketcher.documents(model, s, pipeline.batch_tokens) for s in shards])
-        gradients = pipeline.query_gradients(queries.sequences)
-        self.psi = sketcher.queries(gradients, pipeline.chain())
-        filtered = pipeline.chain().filter_all(gradients)
-        self.scores = np.concatenate([pipeline.exact_scores(filtered, s) for s in shards], axis=1)
+        shards = [corpus.read_shard(path) for path in pipeline.shards(pipeline.target)]
+        self.phi = np.concatenate([pipeline.document_sketches(s) for s in shards])
+        self.psi = pipeline.query_sketches(queries.sequences)
+        self.scores = np.concatenate([pipeline.scores(queries.sequences, s) for s in shards], axis=1)
 
 
 class Resampled:

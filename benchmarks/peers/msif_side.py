@@ -18,9 +18,11 @@ from msif_core.config import IndexSettings, SketchSettings
 from msif_core.curvature import fit
 from msif_core.curvature.factors import Factors
 from msif_core.curvature.filters import Damped
+from msif_core.curvature.steps import Fit
 from msif_core.losses import target_loss
 from msif_core.sketch import Sketcher
 
+BUDGET = 8.0
 CURVATURE: Any = SimpleNamespace(include=".*", track_unembedding=False, qkv_split="none")
 """Fused maps stay whole, as both peers take them."""
 
@@ -33,18 +35,16 @@ def prepare(case: Case) -> Mapping[str, Step]:
     train, query = (inputs.as_sequences(case.tokens(name)) for name in ("train", "query"))
     batch_tokens = settings["batch"] * case.tokens("train").shape[1]
     folder = scratch / "factors"
-    options: dict[str, Any] = {"task": "causal_lm", "seed": 0, "batch_tokens": batch_tokens, "budget_gb": 8.0}
 
     def fit_factors() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         # The empirical Fisher: the data's own labels where the library samples them.
         with mock.patch.object(fit, "sampled_loss", lambda task, _seed: target_loss(task)):
-            covariances = fit.covariance_shard(model, maps, train, folder / "covariance-0.safetensors", **options)
-            fit.combine_covariances([covariances], maps, folder)
-            sums = fit.eigenvalue_shard(
-                model, maps, train, folder / "eigenvalues-0.safetensors", folder=folder, **options
-            )
-            fit.combine_eigenvalues([sums], maps, folder)
+            steps = Fit(model, maps, folder, "causal_lm", seed=0, batch_tokens=batch_tokens, budget_gb=BUDGET)
+            steps.covariances(0, train)
+            steps.eigenbases(1)
+            steps.eigenvalues(0, train)
+            steps.finish(1)
 
     def scores() -> np.ndarray:
         chain = Chain((FilteredStage(Factors.open(folder), Damped(settings["damping"])),))
@@ -55,7 +55,7 @@ def prepare(case: Case) -> Mapping[str, Step]:
         sketcher = Sketcher(
             maps, Factors.open(folder), Damped(settings["damping"]), SketchSettings(whitening=whitening), "causal_lm"
         )
-        phi = sketcher.documents(model, train, batch_tokens)
+        phi = sketcher.documents(model, train, batch_tokens, BUDGET)
         kind = IndexSettings(kind="rabitq")
         index.train(phi, kind, len(phi), scratch / "trained.faiss")
         index.build_shard(scratch / "trained.faiss", phi, train.sequence_ids, scratch / "shard.faiss")
