@@ -57,7 +57,7 @@ def orchestrated(config: Config, keep: bool) -> Iterator[None]:
     transformers.utils.logging.disable_progress_bar()
     with server(config.workspace, keep) as url:
         console.print(f"Prefect: {url.removesuffix('/api')}/runs")
-        limit_accelerator(config.compute.workers)
+        limit_accelerator(config.compute.workers * (1 + config.runner.workers))
         yield
 
 
