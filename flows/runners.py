@@ -10,11 +10,12 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 from prefect import get_run_logger
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.states import Cancelled
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -68,7 +69,7 @@ def helpers(config: Config) -> Iterator[None]:
         return
     parameters = {"config": config.model_dump(mode="json")}
     started = [
-        run_deployment(config.runner.deployment, parameters=parameters, timeout=0, as_subflow=False)
+        cast(FlowRun, run_deployment(config.runner.deployment, parameters=parameters, timeout=0, as_subflow=False))
         for _ in range(config.runner.workers)
     ]
     get_run_logger().info("asked for %d runs of %s to help", len(started), config.runner.deployment)
