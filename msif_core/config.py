@@ -159,6 +159,12 @@ class ComputeSettings(Settings):
     )
     batch_tokens: int = Field(4096, ge=1, description="Padded tokens in a batch.")
     workers: int = Field(1, ge=1, description="Shards in work at a time in one process.")
+    ranks: int = Field(
+        1,
+        ge=1,
+        description="Processes that share one model's weights in a build (FSDP under torchrun), for a causal "
+        "language model larger than one accelerator.",
+    )
     trust_remote_code: bool = Field(False, description="Run modelling code that comes with a checkpoint.")
 
 
