@@ -41,6 +41,12 @@ def task_runner(config: Config) -> Any:
     return RayTaskRunner(address=config.runner.address, init_kwargs={} if config.runner.address else local)
 
 
+def model_tasks(config: Config) -> int:
+    """How many tasks that run a model may run at a time, on all machines together."""
+    helping = 0 if config.runner.kind == "threads" else config.runner.workers
+    return config.compute.workers * (1 + helping)
+
+
 def resources(config: Config) -> AbstractContextManager[Any]:
     """What each task asks of the cluster, for the tasks submitted inside."""
     if config.runner.kind != "ray":

@@ -74,6 +74,20 @@ def workers() -> Iterator[list[subprocess.Popen[bytes]]]:
         process.wait()
 
 
+def ray_workers(url: str) -> list[int]:
+    """Processes of the Ray cluster that the runs of this server use, at work on a task."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes()
+            busy = command.startswith(b"ray::") and b"IDLE" not in command
+            if busy and url.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+        except OSError:  # it has ended
+            continue
+    return found
+
+
 def helping() -> list[FlowRun]:
     """Runs of the deployment, whatever their state."""
     with get_client(sync_client=True) as client:
@@ -129,3 +143,36 @@ def test_a_killed_worker_of_a_pool_changes_no_bit(
         assert all(run.state is not None and run.state.is_final() for run in helping())
     assert digests(tmp_path / "shared") == digests(tmp_path / "alone")
     assert Pipeline(shared).workspace.published() == Pipeline(alone).workspace.published()
+
+
+def test_a_killed_worker_of_a_ray_cluster_changes_no_bit(
+    alone: Config, tmp_path: Path, workers: list[subprocess.Popen[bytes]]
+) -> None:
+    pytest.importorskip("prefect_ray", reason="the extra `ray` is not installed")
+    settings = alone.model_dump(mode="json") | {"workspace": str(tmp_path / "shared")}
+    shared = Config.model_validate(settings | {"runner": {"kind": "ray", "workers": 2}})
+    pipeline = Pipeline(shared)
+    for stage in shared.stages:
+        pipeline.tokenize(stage.name)
+    held = pipeline.fit(shared.stages[0].name)._file("covariance", 2, 0)
+    config = tmp_path / "shared.yaml"
+    config.write_text(shared.model_dump_json())
+    with server(tmp_path / "server") as url:
+        environment = {**os.environ, "PREFECT_API_URL": url, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        with storage.locked(held):
+            leader = subprocess.Popen(
+                [str(Path(sys.executable).with_name("msif")), "run", str(config)], env=environment, cwd=ROOT,
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            )  # fmt: skip
+            workers.append(leader)
+            others = len(pipeline.fit_parts(shared.stages[0].name)) - 1
+            wait_until(
+                lambda: len(list(held.parent.glob("covariance-*.safetensors"))) == others, "every part but the held one"
+            )
+            at_work = ray_workers(url)
+            assert at_work, "a Ray worker waits for the held part"
+            for process in at_work:
+                os.kill(process, signal.SIGKILL)
+        _, errors = leader.communicate(timeout=400)
+        assert leader.returncode == 0, errors.decode()[-2000:]
+    assert digests(tmp_path / "shared") == digests(tmp_path / "alone")
