@@ -32,7 +32,7 @@ from msif_core.errors import InputError
 from msif_core.pipeline import Pipeline
 from msif_core.sketch import Sketcher
 
-STEPS = {"covariance_part", "eigenvalue_part", "train_index", "index_shard", "exact_shard"}
+STEPS = {"covariance_part", "eigenvalue_part", "train_index", "index_shard", "exact_shard", "publish_generation"}
 """Steps whose every pass is shared."""
 
 Pass = Callable[..., Any]
@@ -160,7 +160,14 @@ class Ranks:
         models.load_model = self.load  # type: ignore[assignment]
         if dist.get_rank() == 0:
             for name, (home, _) in PASSES.items():
-                setattr(home, name, self._leading(name))
+                self._replace(home, name, self._leading(name))
+
+    def _replace(self, home: Any, name: str, run: Pass) -> None:
+        """Put the leading pass where the pass lives, and where a module has imported it by name."""
+        modules = [module for key, module in sys.modules.items() if key.startswith("msif_core.")]
+        for place in [home, *modules]:
+            if getattr(place, name, None) is self._passes[name]:
+                setattr(place, name, run)
 
     def load(self, *arguments: Any, **keywords: Any) -> Any:
         """`models.load_model`, with the layers' weights sharded over the ranks.

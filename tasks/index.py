@@ -8,7 +8,6 @@ from prefect.artifacts import create_markdown_artifact
 
 from msif_core import generations, storage
 from msif_core.config import Config
-from msif_core.pipeline import Pipeline
 from tasks import ACCELERATOR, IO, run_step
 
 
@@ -33,8 +32,7 @@ def exact_shard(config: Config, shard: int) -> Path:
 @task(task_run_name="publish-generation", **IO)
 def publish_generation(config: Config) -> Path:
     """Measure recall and drift, write the generation's manifest, move the pointer; leave a summary in the UI."""
-    with MODEL:
-        folder = Pipeline(config).publish_generation()
+    folder = run_step(config, "publish_generation")
     manifest = storage.read_json(folder / "manifest.json")
     reason = generations.withheld(manifest, config.index)
     if reason is not None:

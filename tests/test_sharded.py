@@ -38,8 +38,8 @@ def test_a_step_that_is_not_shared_is_refused(tmp_path: Path) -> None:
     config = Config.model_validate(
         {"workspace": tmp_path, "stages": [{"name": "a", "model": "m", "documents": "d"}], "compute": {"ranks": 2}}
     )
-    with pytest.raises(InputError, match="publish_generation: not a step that sharded models run"):
-        sharded.run_step(config, "publish_generation")
+    with pytest.raises(InputError, match="attribute: not a step that sharded models run"):
+        sharded.run_step(config, "attribute")
 
 
 def same_sums(found: list[Path], expected: list[Path]) -> None:
