@@ -74,17 +74,17 @@ def workers() -> Iterator[list[subprocess.Popen[bytes]]]:
         process.wait()
 
 
-def ray_workers(url: str) -> list[int]:
-    """Processes of the Ray cluster that the runs of this server use, at work on a task."""
+def waiting_for(path: Path) -> list[int]:
+    """Processes, this one aside, that have the lock of `path` open: they wait for it."""
+    lock = str(path.with_name(f".lock-{path.name}"))
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            command = (folder / "cmdline").read_bytes()
-            busy = command.startswith(b"ray::") and b"IDLE" not in command
-            if busy and url.encode() in (folder / "environ").read_bytes():
-                found.append(int(folder.name))
+            opened = {os.readlink(entry) for entry in (folder / "fd").iterdir()}
         except OSError:  # it has ended
             continue
+        if lock in opened and int(folder.name) != os.getpid():
+            found.append(int(folder.name))
     return found
 
 
@@ -169,9 +169,8 @@ def test_a_killed_worker_of_a_ray_cluster_changes_no_bit(
             wait_until(
                 lambda: len(list(held.parent.glob("covariance-*.safetensors"))) == others, "every part but the held one"
             )
-            at_work = ray_workers(url)
-            assert at_work, "a Ray worker waits for the held part"
-            for process in at_work:
+            wait_until(lambda: bool(waiting_for(held)), "a Ray worker that waits for the held part")
+            for process in waiting_for(held):
                 os.kill(process, signal.SIGKILL)
         _, errors = leader.communicate(timeout=400)
         assert leader.returncode == 0, errors.decode()[-2000:]
