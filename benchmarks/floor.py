@@ -1,123 +1,156 @@
-"""Each pass beside its flop floor: `python -m benchmarks.floor`.
+"""Each pass beside its flop floor and beside a bare forward plus activation backward of the same batches.
 
-Prints, from one run, the machine's matrix rate, a bare forward plus activation backward of the same batches,
-and each pass: measured seconds, counted flops over the matrix rate, and the ratio (medians of interleaved
-repeats). The counts are those of the method: forward and activation backward 4 N T a sequence (the head
-included), covariances 2 T (d_in^2 + d_out^2) / 2 as symmetric updates are counted full here, rotations the
-cheaper of tokens and gradients, outer products 2 T d_in d_out, scores 2 d_in d_out a query.
+The counts are those of METHOD: forward and activation backward 4 N T a sequence (the head included), covariances
+2 T (d_in^2 + d_out^2), rotations the cheaper of tokens and gradients, outer products 2 T d_in d_out, scores
+2 d_in d_out a query. The floor is a count over the machine's matrix rate, which is measured in the same rounds.
+
+    python -m benchmarks.floor [--quick] [--out runs/bench] [--device cuda] [--dtype bfloat16] [--tokens 512]
 """
 
 from __future__ import annotations
 
-import statistics
-import time
+import argparse
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-import numpy as np
 import torch
-import transformers
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks import inputs, machine, tables
 from msif_core import models, scoring
-from msif_core.batching import Sequences, batches, sequence_fingerprint
+from msif_core.batching import batches
 from msif_core.capture import capture
-from msif_core.config import CurvatureSettings, SketchSettings
 from msif_core.curvature import fit
-from msif_core.curvature.factors import MapFactors
 from msif_core.curvature.filters import Damped
 from msif_core.losses import target_loss
 from msif_core.sketch import Sketcher
 
-HIDDEN, LAYERS, VOCABULARY, TOKENS, COUNT, REPEATS, QUERIES = 256, 4, 2048, 64, 128, 5, 64
+REPEATS = 5
 BATCH_TOKENS = 2048
+BUDGET = 16.0
+"""Gigabytes of statistics held together: every map in one pass."""
+SKETCH: Any = SimpleNamespace(dimensions=32_000, whitening="eigen", seed=0)
+BARE, RATE, WEIGHTS = "bare forward + backward", "matrix product", "sketch weights"
+Pass = tuple[Callable[[], object], float]
 
 
-def matrix_rate() -> float:
-    """Best float32 matrix product rate of this machine, flops a second."""
-    x = torch.randn(2048, 2048)
-    best = min(seconds(lambda: x @ x) for _ in range(8))
-    return 2 * 2048**3 / best
+class Passes:
+    """Every pass at one size: what to call, and the operations that it needs at least, per call."""
+
+    def __init__(self, size: inputs.Size, device: str, dtype: torch.dtype, batch_tokens: int) -> None:
+        self.size = size
+        model = size.model(device, dtype)
+        maps = models.tracked_maps(model, inputs.CURVATURE)
+        sequences = size.data()
+        factors: Any = inputs.random_factors(maps, device)
+        sketcher = Sketcher(maps, factors, Damped(0.1), SKETCH, "causal_lm")
+        queries = {m.name: torch.randn(size.queries, *m.shape, device=device) for m in maps}
+        one = {name: v[:1] for name, v in queries.items()}
+        empty = sequences.take([])
+        common: dict[str, Any] = {"task": "causal_lm", "seed": 0, "batch_tokens": batch_tokens}
+
+        def bare() -> None:
+            for batch in batches(sequences, batch_tokens, device):
+                capture(model, [], batch, target_loss("causal_lm"), _unused)
+
+        def score(filtered: dict[str, torch.Tensor]) -> object:
+            return scoring.score_sequences(model, maps, filtered, sequences, batch_tokens, task="causal_lm")
+
+        T, self.tracked = size.tokens, sum(m.size for m in maps)
+        base = 4.0 * (self.tracked + size.hidden * inputs.VOCABULARY) * T
+        squares = {m.name: m.d_in**2 + m.groups * m.shape[1] ** 2 for m in maps}
+        rotation = sum(2.0 * min(T * squares[m.name], m.size * (m.d_in + m.shape[1])) for m in maps)
+        outer = 2.0 * T * self.tracked
+        covariance = 2.0 * T * sum(squares.values())
+        self.passes: dict[str, Pass] = {
+            BARE: (bare, base),
+            "covariances": (lambda: fit.covariance_sums(model, maps, sequences, **common), base + covariance),
+            "eigenvalues": (
+                lambda: fit.eigenvalue_sums(model, maps, factors, sequences, **common), base + rotation + outer,
+            ),
+            WEIGHTS: (lambda: sketcher.documents(model, empty, batch_tokens, BUDGET), 0.0),
+            "sketch": (
+                lambda: sketcher.documents(model, sequences, batch_tokens, BUDGET),
+                base + rotation + outer + 4.0 * self.tracked,
+            ),
+            "exact scores, 1 query": (lambda: score(one), base + outer),
+            f"exact scores, {size.queries} queries": (
+                lambda: score(queries), base + outer + 2.0 * self.tracked * size.queries,
+            ),
+        }  # fmt: skip
 
 
-def seconds(run: Callable[[], object]) -> float:
-    """Wall seconds of one call."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def _unused(*_: object) -> None:
+    raise AssertionError("a bare pass has no tracked map")
+
+
+def measure(label: str, passes: Passes, repeats: int, device: str, dtype: torch.dtype) -> tables.Table:
+    """Time the passes and the matrix product in turns: one row a pass."""
+    product, operations = machine.matrix_product(device, dtype)
+    timed: dict[str, Callable[[], object]] = {RATE: lambda: [product() for _ in range(3)]}
+    timed |= {name: run for name, (run, _) in passes.passes.items()}
+    times = machine.interleaved(timed, repeats, device)
+    rate = 3 * operations / min(times[RATE])
+    took = machine.medians(times)
+    took["sketch"] -= took[WEIGHTS]
+    rows: list[list[tables.Cell]] = []
+    for name, (_, flops) in passes.passes.items():
+        if name == WEIGHTS:
+            rows.append([name, took[name], None, None, None, None])
+            continue
+        total = flops * passes.size.sequences
+        ratios = [took[name] * rate / total, took[name] / took[BARE], total / took[name] / 1e12]
+        rows.append([name, took[name], total / rate, *ratios])
+    size = passes.size
+    notes = [
+        f"{size.sequences} sequences of {size.tokens} tokens, {str(dtype).removeprefix('torch.')}; matrix rate "
+        f"{rate / 1e12:.3g} TFLOP/s in the same rounds (its best); medians of {repeats} interleaved rounds. "
+        "`sketch weights` is paid once a shard, and taken off the `sketch` row."
+    ]
+    columns = ["pass", "seconds", "floor, s", "times the floor", "times the bare pass", "TFLOP/s"]
+    return tables.Table(f"Floor: {passes.tracked / 1e6:.1f} M tracked parameters ({label})", columns, rows, notes)
+
+
+def profile(passes: Passes, device: str) -> tables.Table:
+    """Where the time of the heaviest passes goes: share of each operator's own time."""
+    activity = torch.profiler.ProfilerActivity
+    rows: list[list[tables.Cell]] = []
+    for name in ("covariances", "eigenvalues", "sketch", f"exact scores, {passes.size.queries} queries"):
+        kinds = [activity.CPU] if device == "cpu" else [activity.CPU, activity.CUDA]
+        with torch.profiler.profile(activities=kinds) as run:
+            passes.passes[name][0]()
+        key = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
+        events = sorted(run.key_averages(), key=lambda e: -getattr(e, key))
+        total = sum(getattr(e, key) for e in events)
+        shares = [f"{e.key.removeprefix('aten::')} {getattr(e, key) / total:.0%}" for e in events[:6]]
+        rows.append([name, ", ".join(shares)])
+    return tables.Table(f"Profile: {passes.tracked / 1e6:.1f} M tracked parameters", ["pass", "operators"], rows)
 
 
 def main() -> None:
-    """Print the table."""
-    config = transformers.GPTNeoXConfig(
-        hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4, intermediate_size=4 * HIDDEN,
-        vocab_size=VOCABULARY, max_position_embeddings=TOKENS,
-    )  # fmt: skip
-    model = models.freeze(transformers.GPTNeoXForCausalLM(config))
-    maps = models.tracked_maps(model, CurvatureSettings())
-    rng = np.random.default_rng(0)
-    ids = [rng.integers(0, VOCABULARY, TOKENS).astype(np.int32) for _ in range(COUNT)]
-    sequences = Sequences(
-        ids, ids, [sequence_fingerprint(row, row) for row in ids], [str(i) for i in range(COUNT)], np.arange(COUNT)
-    )
-    factors = {
-        m.name: MapFactors(
-            torch.linalg.qr(torch.randn(m.d_in, m.d_in))[0],
-            torch.linalg.qr(torch.randn(m.groups, m.shape[1], m.shape[1]))[0],
-            torch.rand(m.shape),
-        )
-        for m in maps
-    }
-    sketcher = Sketcher(maps, factors, Damped(0.1), SketchSettings(), "causal_lm")
-    V = {m.name: torch.randn(QUERIES, *m.shape) for m in maps}
-    one = {name: v[:1] for name, v in V.items()}
-    task = {"task": "causal_lm"}
-
-    tracked = sum(m.size for m in maps)
-    model_flops = 4 * (tracked + HIDDEN * VOCABULARY) * TOKENS
-    squares = sum(m.d_in**2 + m.groups * m.shape[1] ** 2 for m in maps)
-    rotation = sum(
-        2 * min(TOKENS * (m.d_in**2 + m.groups * m.shape[1] ** 2), m.size * (m.d_in + m.shape[1])) for m in maps
-    )
-    outer = 2 * TOKENS * tracked
-    passes: dict[str, tuple[Callable[[], object], float]] = {
-        "bare forward + backward": (
-            lambda: [capture(model, [], b, target_loss("causal_lm"), print) for b in batches(sequences, BATCH_TOKENS)],
-            model_flops,
-        ),
-        "covariances": (
-            lambda: fit.covariance_sums(model, maps, sequences, seed=0, batch_tokens=BATCH_TOKENS, **task),
-            model_flops + 2 * TOKENS * squares,
-        ),
-        "eigenvalues": (
-            lambda: fit.eigenvalue_sums(model, maps, factors, sequences, seed=0, batch_tokens=BATCH_TOKENS, **task),
-            model_flops + rotation + outer,
-        ),
-        "sketch": (
-            lambda: sketcher.documents(model, sequences, BATCH_TOKENS, 8.0),
-            model_flops + rotation + outer + 4 * tracked,
-        ),
-        "exact scores, 1 query": (
-            lambda: scoring.score_sequences(model, maps, one, sequences, BATCH_TOKENS, **task),
-            model_flops + outer,
-        ),
-        f"exact scores, {QUERIES} queries": (
-            lambda: scoring.score_sequences(model, maps, V, sequences, BATCH_TOKENS, **task),
-            model_flops + outer + 2 * tracked * QUERIES,
-        ),
-    }
-    rate = matrix_rate()
-    times: dict[str, list[float]] = {name: [] for name in passes}
-    for _ in range(REPEATS + 1):
-        for name, (run, _flops) in passes.items():
-            times[name].append(seconds(run))
-    table = Table("pass", "seconds", "floor", "ratio to floor", "ratio to bare", title=f"{tracked / 1e6:.2f} M tracked")
-    bare = statistics.median(times["bare forward + backward"][1:])
-    for name, (_run, flops) in passes.items():
-        measured, floor = statistics.median(times[name][1:]), flops * COUNT / rate
-        table.add_row(name, f"{measured:.3f}", f"{floor:.3f}", f"{measured / floor:.2f}", f"{measured / bare:.2f}")
-    Console().print(f"{torch.get_num_threads()} threads, {rate / 1e9:.0f} GFLOP/s float32, {COUNT} x {TOKENS} tokens")
-    Console().print(table)
+    """Measure every size, save the tables, print them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--tokens", type=int, help="tokens of a sequence")
+    parser.add_argument("--sequences", type=int, help="sequences at each size")
+    parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS)
+    options = parser.parse_args()
+    sizes = inputs.QUICK if options.quick else inputs.SIZES
+    changes = {key: value for key in ("tokens", "sequences") if (value := getattr(options, key))}
+    dtype = getattr(torch, options.dtype)
+    found = []
+    for label, size in sizes.items():
+        passes = Passes(replace(size, **changes), options.device, dtype, options.batch_tokens)
+        found.append(measure(label, passes, REPEATS, options.device, dtype))
+        if label != "3 M":
+            found.append(profile(passes, options.device))
+        tables.save(options.out / "floor.json", found)
+    print("\n".join(table.markdown() for table in found))
 
 
 if __name__ == "__main__":

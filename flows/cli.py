@@ -52,12 +52,13 @@ def orchestrated(config: Config, keep: bool) -> Iterator[None]:
     """A server for the flows inside; prints where their runs can be watched."""
     import transformers
 
+    from flows.runners import model_tasks
     from flows.server import limit_accelerator, server
 
     transformers.utils.logging.disable_progress_bar()
     with server(config.workspace, keep) as url:
         console.print(f"Prefect: {url.removesuffix('/api')}/runs")
-        limit_accelerator(config.compute.workers)
+        limit_accelerator(model_tasks(config))
         yield
 
 

@@ -2,6 +2,7 @@
 
 from prefect import flow, unmapped
 
+from flows.runners import in_turn, resources
 from msif_core.config import Config
 from msif_core.pipeline import Pipeline
 from tasks import curvature
@@ -18,8 +19,10 @@ def fit_ekfac(config: Config) -> None:
 
 def fit_stage(config: Config, stage: str) -> None:
     """Both passes over the parts of the sample."""
-    parts = range(len(Pipeline(config).fit_parts(stage)))
-    curvature.covariance_part.map(unmapped(config), unmapped(stage), parts).result()
+    parts = in_turn(config, len(Pipeline(config).fit_parts(stage)))
+    with resources(config):
+        curvature.covariance_part.map(unmapped(config), unmapped(stage), parts).result()
     curvature.combine_covariances(config, stage)
-    curvature.eigenvalue_part.map(unmapped(config), unmapped(stage), parts).result()
+    with resources(config):
+        curvature.eigenvalue_part.map(unmapped(config), unmapped(stage), parts).result()
     curvature.combine_eigenvalues(config, stage)

@@ -159,7 +159,27 @@ class ComputeSettings(Settings):
     )
     batch_tokens: int = Field(4096, ge=1, description="Padded tokens in a batch.")
     workers: int = Field(1, ge=1, description="Shards in work at a time in one process.")
+    ranks: int = Field(
+        1,
+        ge=1,
+        description="Processes that share one model's weights in a build (FSDP under torchrun), for a causal "
+        "language model larger than one accelerator.",
+    )
     trust_remote_code: bool = Field(False, description="Run modelling code that comes with a checkpoint.")
+
+
+class RunnerSettings(Settings):
+    """On what the shards of a build run; every kind gives the same bits (docs/performance.md)."""
+
+    kind: Literal["threads", "pool", "ray"] = Field(
+        "threads",
+        description="threads: in this process. pool: with the help of runs on a Prefect work pool. "
+        "ray: on a Ray cluster (the extra `ray`).",
+    )
+    workers: int = Field(1, ge=1, description="pool: runs that help. ray: tasks at a time.")
+    deployment: str = Field("help-build/pool", description="pool: the deployment whose runs help.")
+    address: str | None = Field(None, description="ray: the cluster's address; one is started here without it.")
+    accelerators: float = Field(0.0, ge=0, description="ray: GPUs that a task asks for.")
 
 
 class Config(Settings):
@@ -175,6 +195,7 @@ class Config(Settings):
     index: IndexSettings = IndexSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
     compute: ComputeSettings = ComputeSettings()
+    runner: RunnerSettings = RunnerSettings()
 
     @model_validator(mode="before")
     @classmethod

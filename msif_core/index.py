@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -132,13 +133,25 @@ class Index:
         for shard in self._shards:
             if shard.d != psi.shape[1]:
                 raise InputError(f"the index holds {shard.d} dimensions, the queries have {psi.shape[1]}: rebuild it")
-        found = [shard.search(psi, min(k, shard.ntotal)) for shard in self._shards]
+        found = self._search_shards(psi, k)
         padding = np.full((len(psi), k), -1, dtype=np.int64)
         ids = np.concatenate([*(i for _, i in found), padding], axis=1)
         scores = np.concatenate([*(d for d, _ in found), padding.astype(np.float32)], axis=1)
         scores = np.where(ids >= 0, scores, -np.inf).astype(np.float32)
         order = np.lexsort((np.where(ids >= 0, ids, np.iinfo(np.int64).max), -scores), axis=1)[:, :k]
         return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
+
+    def _search_shards(self, psi: FloatArray, k: int) -> list[tuple[FloatArray, npt.NDArray[np.int64]]]:
+        """Each shard's answer. FAISS spreads queries over threads, not codes: one query runs on one thread a shard."""
+
+        def search(shard: Any) -> tuple[FloatArray, npt.NDArray[np.int64]]:
+            return shard.search(psi, min(k, shard.ntotal))
+
+        threads = min(faiss.omp_get_max_threads(), len(self._shards))
+        if threads < 2:
+            return [search(shard) for shard in self._shards]
+        with ThreadPoolExecutor(threads, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(search, self._shards))
 
 
 def _open(path: Path, settings: IndexSettings) -> Any:

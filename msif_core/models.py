@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -14,8 +14,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from msif_core import storage
-from msif_core.config import CurvatureSettings
 from msif_core.errors import InputError
+
+if TYPE_CHECKING:
+    from msif_core.config import CurvatureSettings
 
 SIBLINGS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"query", "key", "value"})
 """Maps that read the same input, and so share A and Q_A."""

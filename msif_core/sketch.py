@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,6 @@ from msif_core import storage
 from msif_core.batching import Sequences, batches
 from msif_core.capture import Consume, capture
 from msif_core.chain import Chain
-from msif_core.config import SketchSettings
 from msif_core.curvature.factors import Factors
 from msif_core.curvature.filters import SpectralFilter
 from msif_core.curvature.fit import partitions
@@ -33,6 +32,9 @@ from msif_core.curvature.gradients import RotatedGradients
 from msif_core.errors import InputError
 from msif_core.losses import target_loss, uniforms
 from msif_core.models import TrackedMap
+
+if TYPE_CHECKING:
+    from msif_core.config import SketchSettings
 
 VERSION = 1
 FloatArray = npt.NDArray[np.float32]

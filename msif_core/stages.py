@@ -97,14 +97,15 @@ class Stages:
     def tokenize(self, stage: str) -> Path:
         """Write the stage's documents as shards of token sequences; returns the manifest's path."""
         settings = self.config.stage(stage)
-        return corpus.tokenize(
-            settings.documents,
-            self.workspace.corpus(stage),
-            tokenizer=self.tokenizer(stage),
-            max_length=self.max_length(stage),
-            settings=self.config.corpus,
-            task=settings.task,
-        )
+        with storage.locked(self.workspace.corpus(stage)):
+            return corpus.tokenize(
+                settings.documents,
+                self.workspace.corpus(stage),
+                tokenizer=self.tokenizer(stage),
+                max_length=self.max_length(stage),
+                settings=self.config.corpus,
+                task=settings.task,
+            )
 
     def corpus_manifest(self, stage: str) -> dict[str, Any]:
         """What `tokenize` wrote of the stage."""
@@ -182,25 +183,34 @@ class Stages:
         return corpus.read_rows(self.fit_parts(stage)[part], lambda names: fit.sample_rows(names, share, seed))
 
     def covariance_part(self, stage: str, part: int) -> list[Path]:
-        """Sum a a^T and d d^T over one part of the sample."""
+        """Sum a a^T and d d^T over one part of the sample; nothing where another process has finished the fit."""
+        if self.fitted(stage):
+            return []
         return self.fit(stage).covariances(part, self.fit_sample(stage, part))
 
     def combine_covariances(self, stage: str) -> list[Path]:
         """Add the parts' sums and diagonalise them; returns the files of the eigenbases."""
+        if self.fitted(stage):
+            return []
         return self.fit(stage).eigenbases(len(self.fit_parts(stage)))
 
     def eigenvalue_part(self, stage: str, part: int) -> list[Path]:
-        """Sum the squared rotated gradients of one part of the sample."""
+        """Sum the squared rotated gradients of one part; nothing where another process has finished the fit."""
+        if self.fitted(stage):
+            return []
         return self.fit(stage).eigenvalues(part, self.fit_sample(stage, part))
 
     def combine_eigenvalues(self, stage: str) -> Path:
         """Add the parts' sums into the corrected eigenvalues; returns the finished factors' folder."""
-        return self.fit(stage).finish(len(self.fit_parts(stage)))
+        with storage.locked(self.factors_folder(stage) / "factors.json"):
+            if self.fitted(stage):
+                return self.factors_folder(stage)
+            return self.fit(stage).finish(len(self.fit_parts(stage)))
 
     def remove_sums(self, stage: str) -> None:
         """Remove the parts' sums: of no more use when the factors are finished, and many times their size."""
         for partial in self.factors_folder(stage).glob("partial-*"):
-            shutil.rmtree(partial)
+            shutil.rmtree(partial, ignore_errors=True)  # another process may be at it too
 
     def fit(self, stage: str) -> Fit:
         """The stage's fit; documents whose gradients are not finite go into the corpus's quarantine."""

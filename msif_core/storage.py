@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -86,15 +87,34 @@ def fingerprint(*parts: Any) -> str:
 def build_once(path: Path, build: Callable[[Path], None]) -> Path:
     """Return `path`, calling `build(temporary)` first if it does not stand whole beside its checksum.
 
-    A file whose bytes no longer match the checksum written beside it is rebuilt.
+    A file whose bytes no longer match the checksum written beside it is rebuilt. Of processes that ask for the
+    same file at the same time one builds it, and the others wait.
     """
     if is_whole(path):
         return path
-    with atomic_path(path) as temporary:
-        build(temporary)
-        digest = file_digest(temporary)
-    write_text(_checksum(path), digest + "\n")
+    with locked(path):
+        if is_whole(path):
+            return path
+        with atomic_path(path) as temporary:
+            build(temporary)
+            digest = file_digest(temporary)
+        write_text(_checksum(path), digest + "\n")
     return path
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of `path` among threads and processes, on machines that share the file system too.
+
+    The system frees it when its holder dies, however that dies. The lock is a file beside `path`, removed at the
+    end unless there was an error: whoever waited for it finds `path` done.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".lock-{path.name}")
+    with open(lock, "ab") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+        lock.unlink(missing_ok=True)
 
 
 def is_whole(path: Path) -> bool:

@@ -8,7 +8,9 @@ result would claim that a file exists that somebody has deleted.
 from threading import Lock
 from typing import Any
 
+from msif_core.config import Config
 from msif_core.errors import InputError
+from msif_core.pipeline import Pipeline
 
 ACCELERATOR = "accelerator"
 """Tag of the tasks that run a model; the server limits how many run at a time."""
@@ -17,6 +19,16 @@ ACCELERATOR = "accelerator"
 MODEL = Lock()
 """Held by a task while it runs a model. Threads of one process share a stage's model, and a pass is hooks on that
 model: two passes at a time would read each other's activations. Shards run side by side in separate processes."""
+
+
+def run_step(config: Config, step: str, *arguments: str | int) -> Any:
+    """Run a step of the pipeline, here or in the processes that share a large model; returns its path or paths."""
+    with MODEL:
+        if config.compute.ranks == 1:
+            return getattr(Pipeline(config), step)(*arguments)
+        from msif_core import sharded
+
+        return sharded.run_step(config, step, *arguments)
 
 
 def worth_retrying(_task: Any, _run: Any, state: Any) -> bool:

@@ -6,14 +6,13 @@ from prefect import task
 
 from msif_core.config import Config
 from msif_core.pipeline import Pipeline
-from tasks import ACCELERATOR, IO, MODEL
+from tasks import ACCELERATOR, IO, run_step
 
 
 @task(task_run_name="covariance-{stage}-{part:05d}", tags=[ACCELERATOR], **IO)
 def covariance_part(config: Config, stage: str, part: int) -> list[Path]:
     """Covariance sums of one part."""
-    with MODEL:
-        return Pipeline(config).covariance_part(stage, part)
+    return run_step(config, "covariance_part", stage, part)
 
 
 @task(task_run_name="eigenbases-{stage}", **IO)
@@ -25,8 +24,7 @@ def combine_covariances(config: Config, stage: str) -> list[Path]:
 @task(task_run_name="eigenvalues-{stage}-{part:05d}", tags=[ACCELERATOR], **IO)
 def eigenvalue_part(config: Config, stage: str, part: int) -> list[Path]:
     """Squared rotated gradients of one part."""
-    with MODEL:
-        return Pipeline(config).eigenvalue_part(stage, part)
+    return run_step(config, "eigenvalue_part", stage, part)
 
 
 @task(task_run_name="factors-{stage}", **IO)

@@ -8,36 +8,31 @@ from prefect.artifacts import create_markdown_artifact
 
 from msif_core import generations, storage
 from msif_core.config import Config
-from msif_core.pipeline import Pipeline
-from tasks import ACCELERATOR, IO, MODEL
+from tasks import ACCELERATOR, IO, run_step
 
 
 @task(task_run_name="train-index", tags=[ACCELERATOR], **IO)
 def train_index(config: Config) -> Path:
     """Train the empty index on a sample of sketches."""
-    with MODEL:
-        return Pipeline(config).train_index()
+    return run_step(config, "train_index")
 
 
 @task(task_run_name="sketch-shard-{shard:05d}", tags=[ACCELERATOR], **IO)
 def index_shard(config: Config, shard: int) -> Path:
     """Codes of one shard's sequences."""
-    with MODEL:
-        return Pipeline(config).index_shard(shard)
+    return run_step(config, "index_shard", shard)
 
 
 @task(task_run_name="exact-shard-{shard:05d}", tags=[ACCELERATOR], **IO)
 def exact_shard(config: Config, shard: int) -> Path:
     """Exact scores of the held-out queries on one shard, the ground truth of recall."""
-    with MODEL:
-        return Pipeline(config).exact_shard(shard)
+    return run_step(config, "exact_shard", shard)
 
 
 @task(task_run_name="publish-generation", **IO)
 def publish_generation(config: Config) -> Path:
     """Measure recall and drift, write the generation's manifest, move the pointer; leave a summary in the UI."""
-    with MODEL:
-        folder = Pipeline(config).publish_generation()
+    folder = run_step(config, "publish_generation")
     manifest = storage.read_json(folder / "manifest.json")
     reason = generations.withheld(manifest, config.index)
     if reason is not None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from msif_core import config
+if TYPE_CHECKING:
+    from msif_core import config
+
 
 NEGLIGIBLE = 0.1
 """A tau below this many inverse mean eigenvalues hardly filters."""

@@ -1,0 +1,162 @@
+"""msif, kronfluence, bergson and the plain loop on the same model, data and settings: `python -m benchmarks.peers`.
+
+EK-FAC with the empirical Fisher, damping 0.1 of the mean eigenvalue, summed losses, fused maps whole, the head left
+out. The sides take turns, step by step. A peer without its environment (benchmarks/peers/install.sh) is left out and
+named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import transformers
+
+from benchmarks import inputs, tables
+from benchmarks.peers.protocol import Case, Side
+
+REPEATS = 5
+SIDES = {"msif": None, "plain loop": None, "kronfluence": "kronfluence", "bergson": "bergson"}
+MODULES = {"msif": "msif_side", "plain loop": "loop_side", "kronfluence": "kronfluence_side", "bergson": "bergson_side"}
+ENVIRONMENTS = Path("runs/peers")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model and the data of one comparison."""
+
+    size: inputs.Size
+    train: int
+    queries: int
+    batch: int = 16
+
+
+FULL = Setting(inputs.Size(hidden=256, layers=4, heads=4, sequences=0, queries=0), train=96, queries=32)
+QUICK = Setting(inputs.Size(hidden=64, layers=2, heads=2, sequences=0, queries=0), train=64, queries=16)
+
+
+def write_case(folder: Path, setting: Setting) -> Case:
+    """The model (with a token-by-number tokenizer, which one peer asks for), tokens and settings."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    case = Case(folder)
+    setting.size.model().save_pretrained(case.model)
+    words = {str(i): i for i in range(inputs.VOCABULARY)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="0"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="0", pad_token="0").save_pretrained(
+        case.model
+    )
+    for seed, (name, count) in enumerate((("train", setting.train), ("query", setting.queries))):
+        np.save(folder / f"{name}.npy", inputs.random_tokens(count, setting.size.tokens, seed))
+    threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+    settings = {"batch": setting.batch, "damping": 0.1, "threads": threads}
+    (folder / "settings.json").write_text(json.dumps(settings))
+    return case
+
+
+def start(case: Case, notes: list[str]) -> dict[str, Side]:
+    """The sides that can run here; why another cannot goes into `notes`."""
+    found = {}
+    for name, environment in SIDES.items():
+        python = Path(sys.executable) if environment is None else ENVIRONMENTS / environment / "bin" / "python"
+        if not python.exists():
+            notes.append(f"{name}: left out, no environment {python.parent.parent} (benchmarks/peers/install.sh).")
+            continue
+        try:
+            found[name] = Side(python, f"benchmarks.peers.{MODULES[name]}", case)
+        except RuntimeError as error:
+            notes.append(f"{name}: left out: {error}.")
+    return found
+
+
+def compare(case: Case, repeats: int, notes: list[str]) -> tuple[dict[str, dict[str, list[float]]], dict[str, Any]]:
+    """Seconds of each side's steps in interleaved rounds, after one to warm up; and peaks and score matrices."""
+    sides = start(case, notes)
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in sides}
+    seen: dict[str, Any] = {name: {"start": side.peak_at_start} for name, side in sides.items()}
+    steps = list(dict.fromkeys(step for side in sides.values() for step in side.steps))
+    for turn in range(repeats + 1):
+        for step in steps:
+            for name, side in list(sides.items()):
+                if step not in side.steps:
+                    continue
+                try:
+                    answer = side.run(step)
+                except (RuntimeError, BrokenPipeError) as error:
+                    notes.append(f"{name}: stopped at {step}: {error}.")
+                    del sides[name]
+                    continue
+                if turn:
+                    times[name].setdefault(step, []).append(answer["seconds"])
+                seen[name]["peak"] = answer["peak"]
+                if answer["matrix"]:
+                    seen[name]["scores"] = answer["matrix"]
+    for side in sides.values():
+        side.close()
+    return times, seen
+
+
+def agreement(reference: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """Pearson correlation, and the largest difference over the largest score."""
+    correlation = float(np.corrcoef(reference.ravel(), other.ravel())[0, 1])
+    return correlation, float(np.abs(reference - other).max() / np.abs(reference).max())
+
+
+def tabulate(
+    setting: Setting, times: Mapping[str, Mapping[str, list[float]]], seen: Mapping[str, Any], notes: list[str]
+) -> tables.Table:
+    """One row a side: milliseconds a sequence, how much slower than msif, peak memory, agreement of the scores."""
+    medians = {name: {s: statistics.median(v) for s, v in steps.items()} for name, steps in times.items()}
+    steps = list(dict.fromkeys(step for found in medians.values() for step in found))
+    scores = {name: np.load(found["scores"]) for name, found in seen.items() if "scores" in found}
+    rows: list[list[tables.Cell]] = []
+    for name, found in medians.items():
+        row: list[tables.Cell] = [name]
+        for step in steps:
+            row.append(1e3 * found[step] / setting.train if step in found else None)
+            ours = medians["msif"].get(step)
+            row.append(found[step] / ours if step in found and ours else None)
+        peak = seen[name].get("peak")
+        row += [peak / 2**20 if peak else None, seen[name]["start"] / 2**20]
+        row += list(agreement(scores["msif"], scores[name])) if {"msif", name} <= set(scores) else [None, None]
+        rows.append(row)
+    columns = ["", *(part for step in steps for part in (f"{step}, ms a sequence", "times msif"))]
+    columns += ["peak MiB", "of it at the start", "correlation with msif's scores", "largest relative difference"]
+    size = setting.size
+    notes.insert(
+        0,
+        f"GPT-NeoX {size.hidden} x {size.layers}, {setting.train} sequences of {size.tokens} tokens, "
+        f"{setting.queries} queries, batches of {setting.batch}; empirical Fisher, damping 0.1 of the mean "
+        "eigenvalue. Scores include the queries' gradients. msif's index: 32,000-dimensional sketches to 1-bit codes; "
+        f"bergson's: gradients projected to 16 x 16 a map (or whole), never whitened. Medians of {REPEATS} "
+        "interleaved rounds.",
+    )
+    return tables.Table("Peers: the same factors and scores", columns, rows, notes)
+
+
+def main() -> None:
+    """Compare, save the table, print it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    options = parser.parse_args()
+    setting = QUICK if options.quick else FULL
+    notes: list[str] = []
+    case = write_case(options.out / "peers-case", setting)
+    table = tabulate(setting, *compare(case, REPEATS, notes), notes)
+    tables.save(options.out / "peers.json", [table])
+    print(table.markdown())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""msif's side: fit, scores and index from the library's own functions."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from benchmarks import inputs
+from benchmarks.peers.protocol import Case, Step, serve
+from msif_core import index, models, scoring
+from msif_core.chain import Chain, FilteredStage
+from msif_core.config import IndexSettings, SketchSettings
+from msif_core.curvature import fit
+from msif_core.curvature.factors import Factors
+from msif_core.curvature.filters import Damped
+from msif_core.curvature.steps import Fit
+from msif_core.losses import target_loss
+from msif_core.sketch import Sketcher
+
+BUDGET = 8.0
+CURVATURE: Any = SimpleNamespace(include=".*", track_unembedding=False, qkv_split="none")
+"""Fused maps stay whole, as both peers take them."""
+
+
+def prepare(case: Case) -> Mapping[str, Step]:
+    """The steps of msif."""
+    settings, scratch = case.settings, case.scratch("msif_side")
+    model = models.load_model(case.model)
+    maps = models.tracked_maps(model, CURVATURE)
+    train, query = (inputs.as_sequences(case.tokens(name)) for name in ("train", "query"))
+    batch_tokens = settings["batch"] * case.tokens("train").shape[1]
+    folder = scratch / "factors"
+
+    def fit_factors() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        # The empirical Fisher: the data's own labels where the library samples them.
+        with mock.patch.object(fit, "sampled_loss", lambda task, _seed: target_loss(task)):
+            steps = Fit(model, maps, folder, "causal_lm", seed=0, batch_tokens=batch_tokens, budget_gb=BUDGET)
+            steps.covariances(0, train)
+            steps.eigenbases(1)
+            steps.eigenvalues(0, train)
+            steps.finish(1)
+
+    def scores() -> np.ndarray:
+        chain = Chain((FilteredStage(Factors.open(folder), Damped(settings["damping"])),))
+        gradients = scoring.query_gradients(model, maps, query, batch_tokens, task="causal_lm")
+        return scoring.score_sequences(model, maps, chain.filter_all(gradients), train, batch_tokens, task="causal_lm")
+
+    def build(whitening: Any) -> None:
+        sketcher = Sketcher(
+            maps, Factors.open(folder), Damped(settings["damping"]), SketchSettings(whitening=whitening), "causal_lm"
+        )
+        phi = sketcher.documents(model, train, batch_tokens, BUDGET)
+        kind = IndexSettings(kind="rabitq")
+        index.train(phi, kind, len(phi), scratch / "trained.faiss")
+        index.build_shard(scratch / "trained.faiss", phi, train.sequence_ids, scratch / "shard.faiss")
+
+    return {
+        "fit": fit_factors, "scores": scores, "index, whitened": lambda: build("eigen"),
+        "index, not whitened": lambda: build("none"),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    serve(prepare)

@@ -1,0 +1,234 @@
+"""Query time over codes that look like real ones: `python -m benchmarks.search [--quick] [--ten-million]`.
+
+The sketches of a small trained workspace are resampled: a new vector is cos(t) of one real sketch plus sin(t) of
+another, t uniform up to 30 degrees, with a random sign on the second. Norms, spectrum and score distribution stay
+close to the real ones (the first table compares them), every vector is new, and its exact score is the same mixture
+of the two sequences' exact scores: recall is against unsketched scores. `--ten-million` times random codes
+alone, memory-mapped: 25 GB on disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from benchmarks import machine, tables, workspace
+from msif_core import corpus, index
+from msif_core.config import IndexSettings
+from msif_core.evaluation.recall import recall_at_k
+from msif_core.pipeline import Pipeline
+
+COUNTS = {"100,000": 100_000, "1,000,000": 1_000_000}
+QUICK = {"10,000": 10_000}
+SHARDS, CHUNK = 8, 256
+KEPT = 500
+SEARCHES = 60
+FloatArray = npt.NDArray[np.float32]
+
+
+class Real:
+    """The workspace's sketches phi [N, d], its held-out queries psi [Q, d], and their exact scores [Q, N]."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        queries = pipeline.held_out()
+        assert queries is not None, "the workspace has held-out queries"
+        shards = [corpus.read_shard(path) for path in pipeline.shards(pipeline.target)]
+        self.phi = np.concatenate([pipeline.document_sketches(s) for s in shards])
+        self.psi = pipeline.query_sketches(queries.sequences)
+        self.scores = np.concatenate([pipeline.scores(queries.sequences, s) for s in shards], axis=1)
+
+
+class Resampled:
+    """`count` mixtures of two real sketches each, a function of the seed alone."""
+
+    def __init__(self, real: Real, count: int, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.pairs = rng.integers(0, len(real.phi), (2, count))
+        angle = rng.uniform(0, np.pi / 6, count)
+        self.weights = np.stack([np.cos(angle), np.sin(angle) * rng.choice([-1, 1], count)]).astype(np.float32)
+        self._real = real
+
+    def vectors(self, start: int, stop: int) -> FloatArray:
+        """Rows start to stop."""
+        phi = torch.from_numpy(self._real.phi)
+        first, second = (torch.from_numpy(p[start:stop]) for p in self.pairs)
+        w1, w2 = (torch.from_numpy(w[start:stop, None]) for w in self.weights)
+        return np.asarray((phi[first] * w1).addcmul_(phi[second], w2))
+
+    def exact(self) -> FloatArray:
+        """Exact scores [Q, count]."""
+        first, second = self.pairs
+        scores = self._real.scores
+        return scores[:, first] * self.weights[0] + scores[:, second] * self.weights[1]
+
+
+def likeness(real: Real) -> tables.Table:
+    """How close the resampled vectors come to the real ones."""
+    made = Resampled(real, len(real.phi), seed=1)
+    vectors = np.concatenate([made.vectors(i, min(i + CHUNK, len(real.phi))) for i in range(0, len(real.phi), CHUNK)])
+
+    def row(name: str, phi: FloatArray, scores: FloatArray) -> list[tables.Cell]:
+        norms = np.linalg.norm(phi, axis=1)
+        gram = phi[:512] @ phi[:512].T
+        spectrum = np.linalg.eigvalsh(gram)[::-1]
+        standard = (scores - scores.mean(1, keepdims=True)) / scores.std(1, keepdims=True)
+        leading = spectrum[:10].sum() / spectrum.sum()
+        spread = norms.std() / norms.mean()
+        found = (np.median(norms), spread, leading, (standard**4).mean(), np.quantile(standard, 0.999))
+        return [name, *(float(value) for value in found)]
+
+    columns = ["", "median norm", "relative spread of norms", "share of the 10 leading directions",
+               "kurtosis of exact scores", "their 99.9% quantile, standard deviations"]  # fmt: skip
+    rows = [row("real", real.phi, real.scores), row("resampled", vectors, made.exact())]
+    return tables.Table("Search: resampled sketches beside the real ones", columns, rows)
+
+
+def write_shards(made: Resampled, count: int, sample: FloatArray, folder: Path) -> list[Path]:
+    """RaBitQ codes of the resampled vectors in `SHARDS` files, kept between runs."""
+    paths = [folder / f"{count}-{shard}.faiss" for shard in range(SHARDS)]
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = folder / "trained.faiss"
+    index.train(sample, IndexSettings(kind="rabitq"), count, trained)
+    bounds = np.linspace(0, count, SHARDS + 1).astype(int)
+    for path, first, last in zip(paths, bounds, bounds[1:], strict=False):
+        if path.exists():
+            continue
+        codes = faiss.read_index(str(trained))
+        for start in range(first, last, CHUNK):
+            stop = min(start + CHUNK, last)
+            codes.add_with_ids(made.vectors(start, stop), np.arange(start, stop))
+        temporary = path.with_suffix(".tmp")
+        faiss.write_index(codes, str(temporary))
+        temporary.rename(path)
+    return paths
+
+
+def timed(paths: list[Path], psi: FloatArray, query_bits: int) -> dict[str, object]:
+    """p50 and p99 of single searches, resident and mapped memory, of a process that does nothing else."""
+    request = {"paths": [str(p) for p in paths], "query_bits": query_bits}
+    np.save(paths[0].parent / "psi.npy", psi)
+    command = [sys.executable, "-m", "benchmarks.search", "--search", json.dumps(request)]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return dict(json.loads(answer))
+
+
+def search_process(request: dict[str, object]) -> None:
+    """The process that `timed` starts."""
+    paths = [Path(str(p)) for p in request["paths"]]  # type: ignore[attr-defined]
+    psi = np.load(paths[0].parent / "psi.npy")
+    settings = IndexSettings(kind="rabitq", query_bits=int(str(request["query_bits"])))
+    opened = time.perf_counter()
+    found = index.Index(paths, settings)
+    opened = time.perf_counter() - opened
+    first = time.perf_counter()
+    found.search(psi[:1], KEPT)
+    first = time.perf_counter() - first
+    took = []
+    for turn in range(SEARCHES):
+        row = turn % len(psi)
+        start = time.perf_counter()
+        found.search(psi[row : row + 1], KEPT)
+        took.append(time.perf_counter() - start)
+    print(json.dumps({
+        "p50": statistics.median(took), "p99": float(np.quantile(took, 0.99)), "open": opened, "first": first,
+        "peak": machine.peak_bytes(), "anonymous": machine.memory("RssAnon"), "bytes": found.bytes_per_vector,
+    }))  # fmt: skip
+
+
+def measure(real: Real, counts: dict[str, int], folder: Path) -> tables.Table:
+    """One row for each count and query precision."""
+    rows: list[list[tables.Cell]] = []
+    for label, count in counts.items():
+        made = Resampled(real, count)
+        paths = write_shards(made, count, real.phi[:512], folder)
+        exact = made.exact()
+        for bits in (4, 8):
+            settings = IndexSettings(kind="rabitq", query_bits=bits)
+            _, ids = index.Index(paths, settings).search(real.psi, KEPT)
+            recall = recall_at_k(exact, np.arange(count), ids, 10)
+            rows.append([label, bits, *_cells(timed(paths, real.psi, bits)), recall])
+    note = (
+        f"RaBitQ at one bit, {real.phi.shape[1]:,} dimensions, {SHARDS} memory-mapped shards, {len(real.psi)} real "
+        f"queries, the best {KEPT} kept; {SEARCHES} single searches on {faiss.omp_get_max_threads()} threads after a "
+        "first one. Recall: exact top ten found among those kept. The peak counts mapped pages of codes; `anonymous` "
+        "does not."
+    )
+    columns = ["vectors", "query bits", *COLUMNS, f"recall@10 in {KEPT}"]
+    return tables.Table("Search: time of a query", columns, rows, [note])
+
+
+COLUMNS = ["p50, ms", "p99, ms", "open, ms", "first search, ms", "bytes a sequence", "peak GiB", "anonymous GiB"]
+
+
+def _cells(found: dict[str, object]) -> list[tables.Cell]:
+    values = {key: float(str(value)) for key, value in found.items()}
+    milliseconds = [1e3 * values[key] for key in ("p50", "p99", "open", "first")]
+    return [*milliseconds, values["bytes"], values["peak"] / 2**30, values["anonymous"] / 2**30]
+
+
+def ten_million(folder: Path, count: int = 10_000_000) -> tables.Table:
+    """Random codes, memory-mapped, in 20 shards: timing alone, for no real vector looks like them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    dimensions = workspace.DIMENSIONS
+    sample = rng.standard_normal((64, dimensions), dtype=np.float32)
+    shards = 20
+    paths = []
+    for shard in range(shards):
+        path = folder / f"random-{count}-{shard}.faiss"
+        paths.append(path)
+        if path.exists():
+            continue
+        codes = faiss.IndexRaBitQ(dimensions, faiss.METRIC_INNER_PRODUCT, 1)
+        codes.train(sample)
+        codes.add(sample)
+        one = faiss.vector_to_array(codes.codes).reshape(64, -1)
+        random = rng.integers(0, 256, (count // shards, one.shape[1]), dtype=np.uint8)
+        random[:, dimensions // 8 :] = one[0, dimensions // 8 :]  # norms and corrections of a true code
+        faiss.copy_array_to_vector(random.ravel(), codes.codes)
+        codes.ntotal = len(random)
+        mapped = faiss.IndexIDMap2(codes)
+        faiss.copy_array_to_vector(np.arange(shard * len(random), (shard + 1) * len(random)), mapped.id_map)
+        mapped.ntotal = len(random)
+        mapped.construct_rev_map()
+        faiss.write_index(mapped, str(path))
+    psi = rng.standard_normal((SEARCHES, dimensions), dtype=np.float32)
+    rows: list[list[tables.Cell]] = [[f"{count:,}", bits, *_cells(timed(paths, psi, bits))] for bits in (4, 8)]
+    return tables.Table("Search: random codes, for timing alone", ["vectors", "query bits", *COLUMNS], rows)
+
+
+def main() -> None:
+    """Measure, save the tables, print them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--ten-million", action="store_true", help="time 10,000,000 random codes, and nothing else")
+    parser.add_argument("--search", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.search:
+        search_process(json.loads(options.search))
+        return
+    folder = options.out / "search"
+    if options.ten_million:
+        found = [ten_million(folder, 100_000 if options.quick else 10_000_000)]
+        tables.save(options.out / "ten-million.json", found)
+    else:
+        name = "workspace-quick" if options.quick else "workspace"
+        real = Real(workspace.build(options.out / name, options.quick))
+        found = [likeness(real), measure(real, QUICK if options.quick else COUNTS, folder)]
+        tables.save(options.out / "search.json", found)
+    print("\n".join(table.markdown() for table in found))
+
+
+if __name__ == "__main__":
+    main()

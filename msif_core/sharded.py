@@ -1,0 +1,242 @@
+"""A model larger than one accelerator: its weights sharded (FSDP) over the ranks of torchrun.
+
+Rank 0 runs a step of the pipeline as ever. The passes inside that step (sums, sketches, gradients, scores) are replaced
+by ones that all ranks take part in: rank 0 tells the others what to run, each takes its share of the sequences, and the
+sums are added, or the rows gathered, on rank 0. It alone writes files. Sums add in another order than in one process:
+equal within float32's precision, not in bits.
+
+    torchrun --nproc-per-node N -m msif_core.sharded REQUEST.json        # started by `run_step`
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+
+from msif_core import models, scoring, storage
+from msif_core.batching import IGNORED, Sequences
+from msif_core.config import Config
+from msif_core.curvature import fit
+from msif_core.errors import InputError
+from msif_core.pipeline import Pipeline
+from msif_core.sketch import Sketcher
+
+STEPS = {"covariance_part", "eigenvalue_part", "train_index", "index_shard", "exact_shard", "publish_generation"}
+"""Steps whose every pass is shared."""
+
+Pass = Callable[..., Any]
+
+
+def run_step(config: Config, step: str, *arguments: str | int) -> Any:
+    """Run a step in `compute.ranks` processes of this machine; returns the path or paths that it returned.
+
+    Raises:
+        RuntimeError: a rank failed; ends with its last lines.
+    """
+    if step not in STEPS:
+        raise InputError(f"{step}: not a step that sharded models run; those are {sorted(STEPS)}")
+    with tempfile.TemporaryDirectory(prefix="msif-") as folder:
+        request, answer = Path(folder, "request.json"), Path(folder, "answer.json")
+        storage.write_json(
+            request, {"config": config.model_dump(mode="json"), "step": step, "arguments": list(arguments)}
+        )
+        _torchrun(config.compute.ranks, [str(request), str(answer)])
+        found = storage.read_json(answer)
+    return [Path(path) for path in found] if isinstance(found, list) else Path(found)
+
+
+def _torchrun(ranks: int, arguments: list[str]) -> None:
+    """Start the ranks and wait; whatever ends this process's wait ends them too."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    process = subprocess.Popen(
+        [*command, "-m", "msif_core.sharded", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+    if process.returncode:
+        raise RuntimeError(f"torchrun ended with {process.returncode}:\n" + "\n".join(output.splitlines()[-30:]))
+
+
+def share(sequences: Sequences, rank: int, ranks: int) -> tuple[Sequences, list[int]]:
+    """A rank's part of the sequences, and their rows; every rank's part has the same number and the same lengths.
+
+    Sequences are dealt in order of length. Shorter ones of a deal are lengthened by tokens without a label, which
+    come after the last target and so change nothing in a causal model; a rank that is left without one gets a
+    sequence without targets, whose row is -1. So all ranks cut the same batches, as FSDP needs.
+    """
+    lengths = [len(ids) for ids in sequences.input_ids]
+    order = sorted(range(len(sequences)), key=lambda row: -lengths[row])
+    part = Sequences([], [], [], [], np.zeros(0, dtype=np.int64))
+    rows: list[int] = []
+    for first in range(0, len(order), ranks):
+        deal = order[first : first + ranks]
+        width, row = lengths[deal[0]], deal[rank] if rank < len(deal) else -1
+        ids = sequences.input_ids[row] if row >= 0 else np.zeros(width, np.int32)
+        labels = sequences.labels[row] if row >= 0 else np.full(width, IGNORED, np.int32)
+        part.input_ids.append(np.pad(ids, (0, width - len(ids))))
+        part.labels.append(np.pad(labels, (0, width - len(labels)), constant_values=IGNORED))
+        part.fingerprints.append(sequences.fingerprints[row] if row >= 0 else "0" * 16)
+        part.document_ids.append(sequences.document_ids[row] if row >= 0 else "")
+        rows.append(row)
+    return part, rows
+
+
+def _added(run: Pass, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """Sums by name, added over the ranks."""
+    arguments, _ = _shared(arguments)
+    sums = run(*arguments, **keywords)
+    for name in sorted(sums):
+        dist.all_reduce(sums[name])
+    return sums
+
+
+def _gathered(axis: int) -> Callable[[Pass, tuple[Any, ...], dict[str, Any]], Any]:
+    """Rows of an array, or of arrays by name, put in the order of the sequences on rank 0."""
+
+    def gather(run: Pass, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        count = len(next(a for a in arguments if isinstance(a, Sequences)))
+        arguments, rows = _shared(arguments)
+        found = run(*arguments, **keywords)
+        everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object((rows, found), everyone)
+        if everyone is None:
+            return None
+        if isinstance(found, dict):
+            names = {name: _put([(r, f[name]) for r, f in everyone], axis, count) for name in found}
+            return {name: torch.from_numpy(value).to(found[name].device) for name, value in names.items()}
+        return _put(everyone, axis, count)
+
+    return gather
+
+
+def _put(parts: list[tuple[list[int], Any]], axis: int, count: int) -> np.ndarray:
+    rows = np.concatenate([r for r, _ in parts]).astype(np.int64)
+    joined = np.concatenate([f.cpu().numpy() if isinstance(f, torch.Tensor) else f for _, f in parts], axis=axis)
+    order = np.argsort(rows, kind="stable")[(rows < 0).sum() :]
+    assert len(order) == count, "every sequence has one row"
+    return np.ascontiguousarray(np.take(joined, order, axis=axis))
+
+
+def _shared(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[int]]:
+    """The arguments with the sequences replaced by this rank's share, and the share's rows."""
+    at = next(i for i, argument in enumerate(arguments) if isinstance(argument, Sequences))
+    part, rows = share(arguments[at], dist.get_rank(), dist.get_world_size())
+    return (*arguments[:at], part, *arguments[at + 1 :]), rows
+
+
+PASSES: dict[str, tuple[Any, Callable[[Pass, tuple[Any, ...], dict[str, Any]], Any]]] = {
+    "covariance_sums": (fit, _added),
+    "eigenvalue_sums": (fit, _added),
+    "finite_sequences": (fit, _gathered(0)),
+    "query_gradients": (scoring, _gathered(0)),
+    "score_sequences": (scoring, _gathered(1)),
+    "documents": (Sketcher, _gathered(0)),
+}
+"""The passes, where each lives, and how its results come together."""
+
+
+class Ranks:
+    """The passes of this process, shared with the other ranks."""
+
+    def __init__(self) -> None:
+        self._load = models.load_model
+        self._loaded: dict[Any, Any] = {}
+        self._passes = {name: getattr(home, name) for name, (home, _) in PASSES.items()}
+        models.load_model = self.load  # type: ignore[assignment]
+        if dist.get_rank() == 0:
+            for name, (home, _) in PASSES.items():
+                self._replace(home, name, self._leading(name))
+
+    def _replace(self, home: Any, name: str, run: Pass) -> None:
+        """Put the leading pass where the pass lives, and where a module has imported it by name."""
+        modules = [module for key, module in sys.modules.items() if key.startswith("msif_core.")]
+        for place in [home, *modules]:
+            if getattr(place, name, None) is self._passes[name]:
+                setattr(place, name, run)
+
+    def load(self, *arguments: Any, **keywords: Any) -> Any:
+        """`models.load_model`, with the layers' weights sharded over the ranks.
+
+        Raises:
+            InputError: the model is not a causal language model.
+        """
+        key = (arguments, tuple(sorted(keywords.items())))
+        if key not in self._loaded:
+            model = self._load(*arguments, **keywords)
+            if not hasattr(model, "get_output_embeddings") or keywords.get("task", "causal_lm") != "causal_lm":
+                raise InputError("compute.ranks above 1 takes causal language models only")
+            for layer in next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList)):
+                fully_shard(layer)
+            self._loaded[key] = fully_shard(model)
+        return self._loaded[key]
+
+    def _leading(self, name: str) -> Pass:
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            keys = {id(model): key for key, model in self._loaded.items()}
+            sent = [_Model(keys[id(a)]) if id(a) in keys else a for a in arguments]
+            dist.broadcast_object_list([(name, sent, keywords)])
+            return self._run(name, arguments, keywords)
+
+        return run
+
+    def _run(self, name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        return PASSES[name][1](self._passes[name], arguments, keywords)
+
+    def follow(self) -> None:
+        """Take part in what rank 0 runs, until it has no more."""
+        while True:
+            told: list[Any] = [None]
+            dist.broadcast_object_list(told)
+            if told[0] is None:
+                return
+            name, arguments, keywords = told[0]
+            given = [self.load(*a.key[0], **dict(a.key[1])) if isinstance(a, _Model) else a for a in arguments]
+            self._run(name, tuple(given), keywords)
+
+    def dismiss(self) -> None:
+        """Let the other ranks end."""
+        dist.broadcast_object_list([None])
+
+
+class _Model:
+    """Stands for a model in what is sent to the other ranks: each has its own part of the weights."""
+
+    def __init__(self, key: Any) -> None:
+        self.key = key
+
+
+def main() -> None:
+    """One rank of torchrun."""
+    request, answer = storage.read_json(Path(sys.argv[1])), Path(sys.argv[2])
+    config = Config.model_validate(request["config"])
+    cuda = torch.cuda.is_available() and config.compute.device != "cpu"
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    ranks = Ranks()
+    if dist.get_rank() == 0:
+        found = getattr(Pipeline(config), request["step"])(*request["arguments"])
+        ranks.dismiss()
+        storage.write_json(answer, [str(p) for p in found] if isinstance(found, list) else str(found))
+    else:
+        ranks.follow()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Passes over the ranks of torchrun: the shares of the sequences add up, and FSDP changes no result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from msif_core import index, models, sharded
+from msif_core.config import Config, CurvatureSettings
+from msif_core.curvature import fit
+from msif_core.errors import InputError
+from msif_core.pipeline import Pipeline
+from tests.conftest import make_model, make_sequences
+from tests.tiny_project import write_project
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(7, 2), (6, 3), (1, 2)])
+def test_shares_add_up_and_cut_the_same_batches(count: int, ranks: int) -> None:
+    model = make_model("gpt_neox")
+    maps = models.tracked_maps(model, CurvatureSettings())
+    sequences = make_sequences(count)
+    options = {"task": "causal_lm", "seed": 3, "batch_tokens": 16}
+    whole = fit.covariance_sums(model, maps, sequences, **options)  # type: ignore[arg-type]
+    shares = [sharded.share(sequences, rank, ranks) for rank in range(ranks)]
+    assert len({tuple(len(ids) for ids in part.input_ids) for part, _ in shares}) == 1
+    assert sorted(row for _, rows in shares for row in rows if row >= 0) == list(range(count))
+    parts = [fit.covariance_sums(model, maps, part, **options) for part, _ in shares]  # type: ignore[arg-type]
+    for name, expected in whole.items():
+        torch.testing.assert_close(sum(part[name] for part in parts), expected)
+
+
+def test_a_step_that_is_not_shared_is_refused(tmp_path: Path) -> None:
+    config = Config.model_validate(
+        {"workspace": tmp_path, "stages": [{"name": "a", "model": "m", "documents": "d"}], "compute": {"ranks": 2}}
+    )
+    with pytest.raises(InputError, match="attribute: not a step that sharded models run"):
+        sharded.run_step(config, "attribute")
+
+
+def same_sums(found: list[Path], expected: list[Path]) -> None:
+    """Of two processes and of one: equal but for the order of float32 sums."""
+    for a, b in zip(found, expected, strict=True):
+        sums, whole = load_file(a), load_file(b)
+        assert set(sums) == set(whole)
+        for name, value in whole.items():
+            torch.testing.assert_close(sums[name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
+
+
+@pytest.mark.drill
+def test_two_ranks_fit_sketch_and_score_as_one_process(tmp_path: Path) -> None:
+    settings = json.loads(write_project(tmp_path).read_text())
+    settings["index"] = {"kind": "flat"}
+    one = Pipeline(Config.model_validate(settings | {"workspace": str(tmp_path / "one")}))
+    two = Pipeline(Config.model_validate(settings | {"workspace": str(tmp_path / "two"), "compute": {"ranks": 2}}))
+
+    def both(step: str, *arguments: str | int) -> tuple[list[Path], list[Path]]:
+        return sharded.run_step(two.config, step, *arguments), getattr(one, step)(*arguments)
+
+    for stage in (stage.name for stage in one.config.stages):
+        for pipeline in (one, two):
+            pipeline.tokenize(stage)
+        same_sums(*both("covariance_part", stage, 0))
+        for basis in one.combine_covariances(stage):  # eigenvectors of near-equal eigenvalues turn at the least change
+            target = two.factors_folder(stage) / basis.name
+            target.write_bytes(basis.read_bytes())
+            Path(f"{target}.sha256").write_text(Path(f"{basis}.sha256").read_text())
+        same_sums(*both("eigenvalue_part", stage, 0))
+        for pipeline in (one, two):
+            pipeline.combine_eigenvalues(stage)
+    found, expected = (np.load(str(path)) for path in both("exact_shard", 0))
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * float(np.abs(expected).max()))
+    both("train_index")
+    psi = one.query_sketches(one.held_out().sequences)  # type: ignore[union-attr]
+    results = [index.Index([Path(str(path))], one.config.index).search(psi, 10) for path in both("index_shard", 0)]
+    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-3, atol=1e-4 * float(np.abs(results[1][0]).max()))
