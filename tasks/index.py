@@ -47,9 +47,12 @@ def summary(manifest: dict[str, Any], reason: str | None) -> str:
     size = f"{manifest['n_sequences']:,} sequences, {manifest['index_bytes'] / 1e6:.1f} MB of codes"
     lines = [f"# Generation {manifest['generation']}", f"{size}, described in {manifest['seconds']:,} s.", ""]
     lines += [f"**Not published:** {reason}", ""] if reason else []
-    for kind, counts in manifest["changes"].items():
-        lines += [f"| {kind} | {' | '.join(counts)} |", "|---|" + "---|" * len(counts)]
-        lines += ["| | " + " | ".join(f"{count:,}" for count in counts.values()) + " |", ""]
+    for kind, names in (
+        ("documents", ("added", "changed", "removed")),
+        ("sequences", ("sketched", "reused", "removed")),
+    ):
+        counts = [f"{manifest['changes'][kind][name]:,}" for name in names]
+        lines += [f"| {kind} | {' | '.join(names)} |", "|---|---|---|---|", f"| | {' | '.join(counts)} |", ""]
     if recall := manifest["recall"].get("recall_at_10"):
         lines += ["| re-scored | recall@10 |", "|---|---|"]
         lines += [f"| {float(share):.1%} | {value:.2f} |" for share, value in recall.items()]
