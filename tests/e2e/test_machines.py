@@ -76,7 +76,7 @@ def workers() -> Iterator[list[subprocess.Popen[bytes]]]:
 
 def waiting_for(path: Path) -> list[int]:
     """Processes, this one aside, that have the lock of `path` open: they wait for it."""
-    lock = str(path.with_name(f".lock-{path.name}"))
+    lock = str(path.with_name(f".tmp-lock-{path.name}"))
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
