@@ -108,8 +108,8 @@ def measure(label: str, passes: Passes, repeats: int, device: str, dtype: torch.
     notes = [
         f"{size.sequences} sequences of {size.tokens} tokens, {str(dtype).removeprefix('torch.')}; matrix rate "
         f"{rate / 1e12:.3g} TFLOP/s in the same rounds (its best); medians of {repeats} interleaved rounds. "
-        "`sketch weights` is paid once a shard, and taken off the `sketch` row. Statistics are float32 products whatever "
-        "the model's dtype."
+        "`sketch weights` is paid once a shard, and taken off the `sketch` row. Statistics are float32 "
+        "products, whatever the model's dtype."
     ]
     columns = ["pass", "seconds", "floor, s", "times the floor", "times the bare pass", "TFLOP/s",
                "share of the matrix rate"]  # fmt: skip
