@@ -98,18 +98,21 @@ def measure(label: str, passes: Passes, repeats: int, device: str, dtype: torch.
     rows: list[list[tables.Cell]] = []
     for name, (_, flops) in passes.passes.items():
         if name == WEIGHTS:
-            rows.append([name, took[name], None, None, None, None])
+            rows.append([name, took[name], None, None, None, None, None])
             continue
         total = flops * passes.size.sequences
-        ratios = [took[name] * rate / total, took[name] / took[BARE], total / took[name] / 1e12]
+        achieved = total / took[name]
+        ratios = [rate / achieved, took[name] / took[BARE], achieved / 1e12, achieved / rate]
         rows.append([name, took[name], total / rate, *ratios])
     size = passes.size
     notes = [
         f"{size.sequences} sequences of {size.tokens} tokens, {str(dtype).removeprefix('torch.')}; matrix rate "
         f"{rate / 1e12:.3g} TFLOP/s in the same rounds (its best); medians of {repeats} interleaved rounds. "
-        "`sketch weights` is paid once a shard, and taken off the `sketch` row."
+        "`sketch weights` is paid once a shard, and taken off the `sketch` row. Statistics are float32 "
+        "products, whatever the model's dtype."
     ]
-    columns = ["pass", "seconds", "floor, s", "times the floor", "times the bare pass", "TFLOP/s"]
+    columns = ["pass", "seconds", "floor, s", "times the floor", "times the bare pass", "TFLOP/s",
+               "share of the matrix rate"]  # fmt: skip
     return tables.Table(f"Floor: {passes.tracked / 1e6:.1f} M tracked parameters ({label})", columns, rows, notes)
 
 

@@ -8,8 +8,10 @@ cd "$(dirname "$0")/.."
 DEVICE=cuda; SIZE=(--tokens 512 --sequences 64 --batch-tokens 16384)
 if [ "${1:-}" = --cpu ]; then DEVICE=cpu; SIZE=(--quick --sequences 16); shift; fi
 OUT="${1:-runs/gpu}"
+mkdir -p "$OUT"
 for DTYPE in float32 bfloat16; do
-  "${PYTHON:-python3}" -m benchmarks.floor --device "$DEVICE" --dtype "$DTYPE" --out "$OUT/$DTYPE" "${SIZE[@]}" > "$OUT.$DTYPE.log" 2>&1 ||
-    { tail -n 20 "$OUT.$DTYPE.log" >&2; exit 1; }
+  LOG="$OUT/$DTYPE.log"
+  "${PYTHON:-python3}" -m benchmarks.floor --device "$DEVICE" --dtype "$DTYPE" --out "$OUT/$DTYPE" "${SIZE[@]}" \
+    > "$LOG" 2>&1 || { tail -n 20 "$LOG" >&2; exit 1; }
 done
 "${PYTHON:-python3}" -m benchmarks.gpu_report "$OUT" --device "$DEVICE"

@@ -33,7 +33,7 @@ def build(folder: Path, quick: bool, candidates: int = 500) -> Pipeline:
         )
     config = Config.model_validate({
         "workspace": folder, "stages": stages, "queries": str(DATA / "queries.jsonl"),
-        "corpus": {"max_length": 128, "shard_sequences": 1024}, "curvature": {"max_sequences": 1024},
+        "corpus": {"max_length": 128, "shard_sequences": 64 if quick else 256}, "curvature": {"max_sequences": 1024},
         "sketch": {"dimensions": DIMENSIONS}, "index": {"kind": "rabitq", "query_bits": 4},
         "retrieval": {"rerank_min": candidates, "rerank_max": candidates, "candidates": "gradient"},
     })  # fmt: skip

@@ -18,15 +18,20 @@ def build_index(config: Config) -> Path:
     tokenize_corpus(config)
     with helpers(config):
         fit_ekfac.with_options(task_runner=task_runner(config))(config)
-        sketch_shards.with_options(task_runner=task_runner(config))(config)
+        return sketch_and_publish.with_options(task_runner=task_runner(config))(config)
+
+
+@flow(name="sketch-and-publish", flow_run_name="sketch {config.workspace}")
+def sketch_and_publish(config: Config) -> Path:
+    """Codes of every shard, exact scores of the held-out queries, one atomic publish."""
+    sketch_shards(config)
     generation = index.publish_generation(config)
     publish.publish_catalog(config)
     return generation
 
 
-@flow(name="sketch-shards", flow_run_name="sketch {config.workspace}")
 def sketch_shards(config: Config) -> None:
-    """Codes of every shard, and exact scores of the held-out queries."""
+    """What workers can share: codes of every shard, and exact scores of the held-out queries."""
     pipeline = Pipeline(config)
     index.train_index(config)
     with resources(config):

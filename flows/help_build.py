@@ -12,4 +12,10 @@ from msif_core.config import Config
 def help_build(config: Config) -> None:
     """Fit and sketch what no other process is at; the corpus is tokenized, and publishing is the leader's."""
     fit_ekfac.with_options(task_runner=task_runner(config))(config)
-    sketch_shards.with_options(task_runner=task_runner(config))(config)
+    help_sketch.with_options(task_runner=task_runner(config))(config)
+
+
+@flow(name="help-sketch", flow_run_name="sketch {config.workspace}")
+def help_sketch(config: Config) -> None:
+    """Codes and exact scores."""
+    sketch_shards(config)

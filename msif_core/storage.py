@@ -106,11 +106,11 @@ def build_once(path: Path, build: Callable[[Path], None]) -> Path:
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock of `path` among threads and processes, on machines that share the file system too.
 
-    The system frees it when its holder dies, however that dies. The lock is a file beside `path`, removed at the
-    end unless there was an error: whoever waited for it finds `path` done.
+    The system frees it when its holder dies, however that dies. The lock is a file beside `path` with a
+    temporary name, removed at the end unless there was an error: whoever waited for it finds `path` done.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(f".lock-{path.name}")
+    lock = path.with_name(f".tmp-lock-{path.name}")
     with open(lock, "ab") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -34,7 +34,7 @@ def digests(workspace: Path) -> dict[str, str]:
     return {str(p.relative_to(workspace)): storage.file_digest(p) for p in found if "partial-" not in str(p)}
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 500) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, what
@@ -57,8 +57,8 @@ def kill(pid: int) -> None:
 def alone(tmp_path: Path) -> Config:
     """The configuration of a project whose single-process build stands in `alone`."""
     settings = json.loads(write_project(tmp_path).read_text())
-    settings["corpus"]["shard_sequences"] = 4
-    settings["curvature"] = {"part_sequences": 4}
+    settings["corpus"]["shard_sequences"] = 8
+    settings["curvature"] = {"part_sequences": 8}
     config = Config.model_validate(settings | {"workspace": str(tmp_path / "alone")})
     Pipeline(config).run()
     return config
@@ -76,7 +76,7 @@ def workers() -> Iterator[list[subprocess.Popen[bytes]]]:
 
 def waiting_for(path: Path) -> list[int]:
     """Processes, this one aside, that have the lock of `path` open: they wait for it."""
-    lock = str(path.with_name(f".lock-{path.name}"))
+    lock = str(path.with_name(f".tmp-lock-{path.name}"))
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -138,7 +138,7 @@ def test_a_killed_worker_of_a_pool_changes_no_bit(
                 lambda: len(list(held.parent.glob("covariance-*.safetensors"))) == others, "every part but the held one"
             )
             kill(workers[0].pid)
-        _, errors = leader.communicate(timeout=280)
+        _, errors = leader.communicate(timeout=600)
         assert leader.returncode == 0, errors.decode()[-2000:]
         assert all(run.state is not None and run.state.is_final() for run in helping())
     assert digests(tmp_path / "shared") == digests(tmp_path / "alone")
@@ -172,6 +172,6 @@ def test_a_killed_worker_of_a_ray_cluster_changes_no_bit(
             wait_until(lambda: bool(waiting_for(held)), "a Ray worker that waits for the held part")
             for process in waiting_for(held):
                 os.kill(process, signal.SIGKILL)
-        _, errors = leader.communicate(timeout=400)
+        _, errors = leader.communicate(timeout=600)
         assert leader.returncode == 0, errors.decode()[-2000:]
     assert digests(tmp_path / "shared") == digests(tmp_path / "alone")
