@@ -28,6 +28,10 @@ TOKENS = pa.schema([
 SAMPLES = pa.schema([
     ("run_id", pa.string()), ("query_id", pa.string()), ("document_id", pa.string()), ("score", pa.float32()),
 ])  # fmt: skip
+CANDIDATES = pa.schema([
+    ("run_id", pa.string()), ("query_id", pa.string()), ("document_id", pa.string()), ("score", pa.float32()),
+    ("candidate_source", pa.string()),
+])  # fmt: skip
 QUERIES = pa.schema([
     ("run_id", pa.string()), ("query_id", pa.string()), ("prompt", pa.string()), ("completion", pa.string()),
     ("loss", pa.float32()), ("metadata", pa.string()), ("generated", pa.bool_()), ("contrast", pa.string()),
@@ -35,7 +39,7 @@ QUERIES = pa.schema([
 ])  # fmt: skip
 SCHEMAS = {
     "influences.parquet": INFLUENCES, "layers.parquet": LAYERS, "tokens.parquet": TOKENS,
-    "samples.parquet": SAMPLES, "queries.parquet": QUERIES,
+    "samples.parquet": SAMPLES, "queries.parquet": QUERIES, "candidates.parquet": CANDIDATES,
 }  # fmt: skip
 
 

@@ -239,7 +239,11 @@ def add_queries(tables: Tables, pipeline: Pipeline, queries: Queries) -> None:
 
 
 def add_samples(tables: Tables, part: Answered) -> None:
-    """Rows of samples.parquet: exact scores of the random documents behind the percentiles."""
+    """Rows of samples.parquet and candidates.parquet: exact scores of random documents, and of what was retrieved."""
+    names, column = part.ranked.documents, {name: c for c, name in enumerate(part.ranked.documents)}
     for q, query_id in enumerate(part.queries.ids):
-        rows = ((query_id, part.ranked.documents[c], float(part.ranked.total[q, c])) for c in part.sampled)
-        tables.add("samples", rows)
+        scores, found = part.ranked.total[q], part.candidates[q]
+        tables.add("samples", ((query_id, names[c], float(scores[c])) for c in part.sampled))
+        tables.add(
+            "candidates", ((query_id, n, float(scores[column[n]]), found.label(n)) for n in sorted(found.sources))
+        )

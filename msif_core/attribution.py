@@ -17,9 +17,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from msif_core import storage
+from msif_core.answer_tables import SCHEMAS
 from msif_core.errors import InputError
 
 FloatArray = npt.NDArray[np.float32]
+
+SIDES = ("query", "contrast", "member")
+"""The sides of a query in tokens.parquet."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,16 @@ class Heatmap:
         return f'<div style="white-space:pre-wrap;line-height:1.6">{"".join(spans)}</div>'
 
 
+def _read(folder: Path, name: str) -> pa.Table:
+    """A table of the run; what an older msif did not write is null."""
+    schema = SCHEMAS[f"{name}.parquet"]
+    if not (folder / f"{name}.parquet").exists():
+        return schema.empty_table()
+    return pa.concat_tables(
+        [schema.empty_table(), pq.read_table(folder / f"{name}.parquet")], promote_options="default"
+    )
+
+
 @dataclass(frozen=True)
 class Attribution:
     """The answer to a set of queries, read from its folder.
@@ -78,7 +92,7 @@ class Attribution:
         folder = Path(folder).resolve()
         if not (folder / "manifest.json").exists():
             raise InputError(f"{folder}: no complete attribution there (its manifest.json is missing)")
-        influences, queries = (pq.read_table(folder / f"{name}.parquet") for name in ("influences", "queries"))
+        influences, queries = (_read(folder, name) for name in ("influences", "queries"))
         return cls(folder, influences, queries, storage.read_json(folder / "manifest.json"))
 
     @property
@@ -111,17 +125,22 @@ class Attribution:
     @cached_property
     def samples(self) -> pa.Table:
         """Exact scores of random documents, the ground of the percentiles."""
-        return pq.read_table(self.folder / "samples.parquet")
+        return _read(self.folder, "samples")
+
+    @cached_property
+    def candidates(self) -> pa.Table:
+        """Exact scores of all that the retrievers proposed, the ranked documents among them."""
+        return _read(self.folder, "candidates")
 
     @cached_property
     def layers(self) -> pa.Table:
         """Contributions of linear maps."""
-        return pq.read_table(self.folder / "layers.parquet")
+        return _read(self.folder, "layers")
 
     @cached_property
     def tokens(self) -> pa.Table:
         """Contributions of tokens."""
-        return pq.read_table(self.folder / "tokens.parquet")
+        return _read(self.folder, "tokens")
 
     @cached_property
     def documents(self) -> dict[str, Document]:
@@ -157,7 +176,13 @@ class Attribution:
         return maps
 
     def heatmap(self, query: str, document: str, side: str = "document") -> Heatmap:
-        """Token scores of a document's best sequence, or of the query's tokens with side="query".
+        """Token scores of a document's strongest sequence, or of the query's side of the same score.
+
+        Args:
+            query: id of the query.
+            document: id of a document that the query shows.
+            side: "document"; "query", and "contrast" of a query with one: the tokens whose losses make the
+                measurement; "member" of a set: the parts of its queries.
 
         Raises:
             InputError: the run did not store that pair.

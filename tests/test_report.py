@@ -29,7 +29,7 @@ def page(attribution: Attribution, tmp_path_factory: pytest.TempPathFactory) -> 
 class Checker(HTMLParser):
     """Collects ids, links and tags, and checks that elements nest."""
 
-    VOID = frozenset({"meta", "input", "rect", "line", "path", "br", "link", "img"})
+    VOID = frozenset({"meta", "wbr", "input", "rect", "line", "path", "br", "link", "img"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,10 +107,13 @@ def test_page_shows_every_part(page: str, attribution: Attribution) -> None:
     assert page.count('<li class="document opponent"') == 4
     assert page.count("<svg") == 3
     for text in (
-        "No candidate document lowers this query’s loss", "near-duplicate of 1", "Tokens of the query that it moves",
-        "Contributions by layer", "Recall@10", "0.950", "0.1 × mean eigenvalue", "0.01 to 0.03",
+        "No candidate document lowers this query’s loss", "+ 1 near-duplicate<",
+        "which of its tokens carry the score", "which tokens carry the score", "The completion it is compared with",
+        "The model’s own answer, explained", "rather than", "A wild duck.", "Strongest:",
+        "Contributions by layer and kind of map", "Recall@10", "0.950", "0.1 × mean eigenvalue", "0.01 to 0.03",
         "<code>f1</code>", "<code>g2</code>",
-        "proponent</b> more training on this document lowers", "mlp.dense_4h_to_h", "random documents",
+        "proponent</b> more training on this document lowers", "mlp.<wbr>dense_<wbr>4h_<wbr>to_<wbr>h",
+        "random documents",
     ):  # fmt: skip
         assert text in page, text
     for row in attribution.table.to_pylist():
@@ -174,10 +177,10 @@ def test_grid_sums_and_orders_layers() -> None:
 
 def test_distribution_places_scores_in_order() -> None:
     sample = np.random.default_rng(0).normal(0, 1, 200).astype(np.float32)
-    plot = charts.distribution(sample, np.asarray([5.0, 900.0, -3.0], np.float32))
+    plot = charts.distribution(sample, np.asarray([5.0, 900.0, -3.0], np.float32), np.asarray([4.0], np.float32))
     assert plot is not None
     assert 0 < plot.opponents[0] < plot.zero < plot.proponents[0] < plot.proponents[1] < charts.WIDTH
     positions = [x for x, _ in plot.ticks]
     assert "0" in [label for _, label in plot.ticks]
     assert min(np.diff(positions)) > 40
-    assert charts.distribution(np.zeros(0, np.float32), np.zeros(0, np.float32)) is None
+    assert charts.distribution(*[np.zeros(0, np.float32)] * 3) is None

@@ -79,6 +79,9 @@ def write_attribution(root: Path, run_id: str, documents: list[str], seed: int =
             rows["samples.parquet"].append((run_id, query_id, name, float(rng.normal(0, 0.5))))
         if not completion:
             continue
+        for i, name in enumerate(documents[:30]):
+            values = (run_id, query_id, name, float(rng.normal(1, 1)), ("gradient", "bm25", "both")[i % 3])
+            rows["candidates.parquet"].append(values)
         chosen = rng.choice(documents[:20], 8, replace=False)
         scores = np.concatenate([np.sort(rng.gamma(2, 2, 6))[::-1], [-1.5, -0.5]])
         for i, (name, score) in enumerate(zip(chosen, scores, strict=True)):
