@@ -22,6 +22,9 @@ from msif_core.errors import InputError
 
 FloatArray = npt.NDArray[np.float32]
 
+HEADINGS = ("query", "side", "rank", "score", "percentile", "document", "source", "text")
+"""Columns of an attribution in a notebook."""
+
 SIDES = ("query", "contrast", "member")
 """The sides of a query in tokens.parquet."""
 
@@ -54,7 +57,9 @@ class Heatmap:
         spans = []
         for token, score in zip(self.tokens, self.scores, strict=True):
             colour = "0,114,178" if score > 0 else "213,94,0"
-            style = f"background:rgba({colour},{0.6 * abs(score) / strongest:.2f})"
+            # Never colour alone: what speaks against is underlined with dots, as on the page.
+            against = ";text-decoration:underline dotted" if score < -0.05 * strongest else ""
+            style = f"background:rgba({colour},{0.6 * abs(score) / strongest:.2f}){against}"
             spans.append(f'<span style="{style}" title="{score:+.4g}">{html.escape(token)}</span>')
         return f'<div style="white-space:pre-wrap;line-height:1.6">{"".join(spans)}</div>'
 
@@ -209,10 +214,11 @@ class Attribution:
         rows = self.table.filter(pc.field("rank") <= 3).sort_by(order).slice(0, 30).to_pylist()
         cells = "".join(
             f"<tr><td>{html.escape(row['query_id'])}</td><td>{row['side']}</td><td>{row['rank']}</td>"
-            f"<td>{row['score']:+.4g}</td><td>{html.escape(row['document_id'])}</td>"
+            f"<td>{row['score']:+.4g}</td><td>{row['percentile']:.1f}</td><td>{html.escape(row['document_id'])}</td>"
+            f"<td>{html.escape(self.documents[row['document_id']].source)}</td>"
             f'<td style="text-align:left">{html.escape(self.documents[row["document_id"]].text[:120])}</td></tr>'
             for row in rows
         )
-        head = "".join(f"<th>{name}</th>" for name in ("query", "side", "rank", "score", "document", "text"))
+        head = "".join(f"<th>{name}</th>" for name in HEADINGS)
         count = f"{len(self.query_ids)} queries, {self.table.num_rows} ranked documents"
         return f"<p>Attribution {html.escape(self.run_id)}: {count}</p><table><tr>{head}</tr>{cells}</table>"

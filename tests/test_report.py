@@ -4,7 +4,9 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import duckdb
 import numpy as np
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -69,6 +71,9 @@ def test_heatmap_sums_to_the_score(attribution: Attribution) -> None:
         assert len(heat.tokens) == len(heat.scores) == 30
         assert heat.scores.sum() == pytest.approx(row["best_score"], rel=1e-4)
     assert "&lt;script&gt;" in heat._repr_html_()
+    shown = Heatmap(["for", "against"], np.asarray([2.0, -1.0], np.float32))._repr_html_()
+    assert shown.index("underline") > shown.index("for"), "what speaks against is marked by more than its colour"
+    assert shown.count("underline") == 1
     with pytest.raises(InputError, match="stored no document tokens of query 'q-000', document 'absent'"):
         attribution.heatmap("q-000", "absent")
 
@@ -83,6 +88,23 @@ def test_repr_html(attribution: Attribution) -> None:
     shown = attribution._repr_html_()
     assert shown.count("<tr>") == 1 + 2 * (3 + 2)
     assert "3 queries, 16 ranked documents" in shown
+
+
+def test_the_table_is_read_without_a_copy(attribution: Attribution) -> None:
+    influences = attribution.table
+
+    def address(column: pa.ChunkedArray) -> int:
+        return int(column.chunk(column.num_chunks - 1).buffers()[1].address)
+
+    frame = influences.to_pandas(types_mapper=pandas.ArrowDtype)
+    assert address(frame["score"].array.__arrow_array__()) == address(influences["score"])
+    found = duckdb.sql("SELECT count(*), max(score) FROM influences").fetchall()
+    assert found == [(influences.num_rows, max(influences["score"].to_pylist()))]
+
+
+def test_polars_takes_the_table(attribution: Attribution) -> None:
+    polars = pytest.importorskip("polars", reason="polars is not installed")
+    assert polars.from_arrow(attribution.table).height == attribution.table.num_rows
 
 
 def test_not_an_attribution(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ class Distribution:
     zero: float
 
 
-WIDTH, HEIGHT = 640.0, 70.0
+WIDTH, HEIGHT = 640.0, 96.0
 BINS = 48
 
 
