@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
@@ -43,21 +45,44 @@ SCHEMAS = {
 }  # fmt: skip
 
 
-class Tables:
-    """Rows of one run's tables, gathered query by query and written together."""
+HELD_ROWS = 50_000
+"""Rows of a table that are held before they are written: a thousand queries have millions of tokens."""
 
-    def __init__(self, run_id: str) -> None:
+
+class Tables(AbstractContextManager["Tables"]):
+    """Writes one run's tables as their rows come; the files appear, all whole, when the context ends well."""
+
+    def __init__(self, folder: Path, run_id: str) -> None:
+        self.folder = folder
         self.run_id = run_id
-        self._rows: dict[str, list[tuple[Any, ...]]] = {name: [] for name in SCHEMAS}
+        self._stack = ExitStack()
+        self._writers: dict[str, pq.ParquetWriter] = {}
+        self._held: dict[str, list[tuple[Any, ...]]] = {name: [] for name in SCHEMAS}
 
-    def add(self, name: str, rows: Iterable[Sequence[Any]]) -> None:
-        """Add rows of `name`.parquet, each without its run_id."""
-        self._rows[f"{name}.parquet"] += [(self.run_id, *row) for row in rows]
-
-    def write(self, folder: Path) -> None:
-        """Write every table below `folder`, each whole or not at all."""
+    def __enter__(self) -> Tables:
         for name, schema in SCHEMAS.items():
-            columns = list(zip(*self._rows[name], strict=True)) or [()] * len(schema)
-            arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
-            with storage.atomic_path(folder / name) as temporary:
-                pq.write_table(pa.Table.from_arrays(arrays, schema=schema), temporary, compression="zstd")
+            path = self._stack.enter_context(storage.atomic_path(self.folder / name))
+            self._writers[name] = self._stack.enter_context(pq.ParquetWriter(path, schema, compression="zstd"))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            for name in SCHEMAS:
+                self._write(name)
+        self._stack.__exit__(kind, error, trace)
+
+    def add(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Add rows of `table`.parquet, each without its run_id."""
+        name = f"{table}.parquet"
+        self._held[name] += [(self.run_id, *row) for row in rows]
+        if len(self._held[name]) >= HELD_ROWS:
+            self._write(name)
+
+    def _write(self, name: str) -> None:
+        if rows := self._held[name]:
+            columns = zip(zip(*rows, strict=True), SCHEMAS[name], strict=True)
+            arrays = [pa.array(column, field.type) for column, field in columns]
+            self._writers[name].write_batch(pa.record_batch(arrays, schema=SCHEMAS[name]))
+            self._held[name] = []

@@ -83,19 +83,18 @@ def answer(pipeline: Pipeline, queries: Queries, top_k: int) -> Path:
     sampled = corpus.sample_documents(generation.corpus_folder, pipeline.config.retrieval.random_sample)
     run_id = pipeline.workspace.new_run()
     folder = pipeline.workspace.attributions / run_id
-    tables = Tables(run_id)
-    add_queries(tables, pipeline, queries)
     done = rescored = 0
-    for group in groups(pipeline, queries):
-        part = answer_group(pipeline, generation, group, sampled, top_k)
-        add_influences(tables, part, generation.corpus_folder)
-        add_samples(tables, part)
-        for q, columns in enumerate(part.shown):
-            best = part.sequences.take([int(part.ranked.best_row[q, c]) for c in columns])
-            add_contributions(tables, pipeline, group.take([q]), best)
-        done, rescored = done + len(group), rescored + len(group) * len(part.sequences)
-        pipeline.progress("answer", done, len(queries))
-    tables.write(folder)
+    with Tables(folder, run_id) as tables:
+        add_queries(tables, pipeline, queries)
+        for group in groups(pipeline, queries):
+            part = answer_group(pipeline, generation, group, sampled, top_k)
+            add_influences(tables, part, generation.corpus_folder)
+            add_samples(tables, part)
+            for q, columns in enumerate(part.shown):
+                best = part.sequences.take([int(part.ranked.best_row[q, c]) for c in columns])
+                add_contributions(tables, pipeline, group.take([q]), best)
+            done, rescored = done + len(group), rescored + len(group) * len(part.sequences)
+            pipeline.progress("answer", done, len(queries))
     storage.write_json(
         folder / "manifest.json",
         {

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from msif_core import scoring
+from msif_core import answering, scoring
 from msif_core.attribution import Attribution
 from msif_core.config import Config
 from msif_core.errors import InputError
@@ -113,12 +113,17 @@ def test_a_long_prompt_loses_its_beginning(pipeline: Pipeline) -> None:
 # -- the answer ---------------------------------------------------------------------------------------
 
 
-def test_groups_of_queries_give_the_answer_of_all_together(pipeline: Pipeline, attribution: Attribution) -> None:
+def test_groups_of_queries_give_the_answer_of_all_together(
+    pipeline: Pipeline, attribution: Attribution, monkeypatch: pytest.MonkeyPatch
+) -> None:
     narrow = with_settings(pipeline, "curvature", memory_budget_gb=1e-6)
     assert scoring.queries_within(narrow.maps(narrow.last), 1e-6) == 1
     assert len(list(narrow.query_gradients(narrow.read_queries(QUERIES[:1])))) > 1, "and the maps in groups too"
+    assert [len(group) for group in answering.groups(narrow, narrow.read_queries(QUERIES))] == [1] * 7
+    monkeypatch.setattr("msif_core.answer_tables.HELD_ROWS", 100)
     alone = narrow.attribute(QUERIES, top_k=6)
-    for name in ("influences", "samples", "layers", "tokens", "queries"):
+    assert pq.ParquetFile(alone.folder / "tokens.parquet").num_row_groups > 3, "written as they came"
+    for name in ("influences", "samples", "candidates", "layers", "tokens", "queries"):
         one, all_ = (pq.read_table(a.folder / f"{name}.parquet").drop(["run_id"]) for a in (alone, attribution))
         for column in one.column_names:
             values, expected = one[column].to_pylist(), all_[column].to_pylist()
@@ -181,6 +186,8 @@ def test_a_query_without_a_finite_gradient_is_refused(pipeline: Pipeline, monkey
     monkeypatch.setattr(pipeline, "query_gradients", broken)
     with pytest.raises(InputError, match=r"query 'other': its gradient is not finite"):
         pipeline.attribute(QUERIES[:2])
+    unfinished = [run for run in pipeline.workspace.attributions.iterdir() if not (run / "manifest.json").exists()]
+    assert [list(run.iterdir()) for run in unfinished] == [[]], "an answer that fails leaves no table"
 
 
 def test_a_document_without_a_finite_score_is_not_ranked(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,5 +207,6 @@ def test_a_document_without_a_finite_score_is_not_ranked(pipeline: Pipeline, mon
 
 def test_folder_holds_the_tables_and_nothing_else(attribution: Attribution) -> None:
     names = {path.name for path in Path(attribution.folder).iterdir()}
-    assert names == {"influences.parquet", "layers.parquet", "manifest.json", "queries.parquet", "samples.parquet",
+    assert names == {"candidates.parquet", "influences.parquet", "layers.parquet", "manifest.json", "queries.parquet",
+                     "samples.parquet",
                      "tokens.parquet"}  # fmt: skip
