@@ -45,12 +45,15 @@ class Document:
         return dict(json.loads(self.metadata or "{}"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Heatmap:
     """Tokens and the part of the score that each carries, float32 [T]."""
 
     tokens: list[str]
     scores: FloatArray
+
+    def __repr__(self) -> str:
+        return f"Heatmap({len(self.tokens)} tokens, sum {self.scores.sum():+.4g})"
 
     def _repr_html_(self) -> str:
         strongest = float(np.abs(self.scores).max(initial=0)) or 1.0
@@ -67,14 +70,15 @@ class Heatmap:
 def _read(folder: Path, name: str) -> pa.Table:
     """A table of the run; what an older msif did not write is null."""
     schema = SCHEMAS[f"{name}.parquet"]
-    if not (folder / f"{name}.parquet").exists():
-        return schema.empty_table()
-    return pa.concat_tables(
-        [schema.empty_table(), pq.read_table(folder / f"{name}.parquet")], promote_options="default"
-    )
+    path = folder / f"{name}.parquet"
+    table = pq.read_table(path) if path.exists() else schema.empty_table()
+    for field in schema:
+        if field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    return table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Attribution:
     """The answer to a set of queries, read from its folder.
 
@@ -86,6 +90,9 @@ class Attribution:
     table: pa.Table
     queries: pa.Table
     manifest: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"Attribution({self.run_id}: {len(self.query_ids)} queries, {self.table.num_rows} ranked documents)"
 
     @classmethod
     def open(cls, folder: str | Path) -> Attribution:

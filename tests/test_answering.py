@@ -208,5 +208,4 @@ def test_a_document_without_a_finite_score_is_not_ranked(pipeline: Pipeline, mon
 def test_folder_holds_the_tables_and_nothing_else(attribution: Attribution) -> None:
     names = {path.name for path in Path(attribution.folder).iterdir()}
     assert names == {"candidates.parquet", "influences.parquet", "layers.parquet", "manifest.json", "queries.parquet",
-                     "samples.parquet",
-                     "tokens.parquet"}  # fmt: skip
+                     "samples.parquet", "tokens.parquet"}  # fmt: skip

@@ -88,6 +88,18 @@ def test_repr_html(attribution: Attribution) -> None:
     shown = attribution._repr_html_()
     assert shown.count("<tr>") == 1 + 2 * (3 + 2)
     assert "3 queries, 16 ranked documents" in shown
+    assert repr(attribution) == "Attribution(20260101-000000-aaaaaa: 3 queries, 16 ranked documents)"
+
+
+def test_a_run_of_an_older_version_is_shown(tmp_path: Path) -> None:
+    folder = write_workspace(tmp_path) / "attributions" / "20260101-000000-aaaaaa"
+    (folder / "candidates.parquet").unlink()
+    for name, new in (("queries", ["generated", "contrast", "members"]), ("influences", ["n_random"])):
+        path = folder / f"{name}.parquet"
+        pq.write_table(pq.read_table(path).drop_columns(new), path)
+    text = Attribution.open(folder).to_html(tmp_path / "page.html").read_text()
+    assert "of 40 random documents" in text
+    assert not re.search(r"\bNone\b", text)
 
 
 def test_the_table_is_read_without_a_copy(attribution: Attribution) -> None:

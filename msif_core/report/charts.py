@@ -138,7 +138,7 @@ def distribution(sample: FloatArray, ranked: FloatArray, candidates: FloatArray)
     ticks: list[tuple[float, str]] = [(x(0), "0")]
     for value in sorted([*powers, *(-p for p in powers)], key=abs, reverse=True):
         at = x(value)
-        if 12 < at < WIDTH - 12 and all(abs(at - other) > 52 for other, _ in ticks):
+        if 36 < at < WIDTH - 36 and all(abs(at - other) > 52 for other, _ in ticks):
             ticks.append((at, f"{value:+,g}".replace("-", "−")))
     marks = [(x(float(v)), v > 0) for v in ranked]
     rug = sorted({round(x(float(v)), 1) for v in candidates})
