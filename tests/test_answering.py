@@ -176,14 +176,14 @@ def test_percentiles_leave_the_document_itself_out(attribution: Attribution, pip
 
 
 def test_a_query_without_a_finite_gradient_is_refused(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    gradients = pipeline.query_gradients
+    gradients = Pipeline.query_gradients
 
-    def broken(queries: Any) -> Any:
-        for rows, found in gradients(queries):
+    def broken(self: Pipeline, queries: Any) -> Any:
+        for rows, found in gradients(self, queries):
             next(iter(found.values()))[1] = float("nan")
             yield rows, found
 
-    monkeypatch.setattr(pipeline, "query_gradients", broken)
+    monkeypatch.setattr(Pipeline, "query_gradients", broken)
     with pytest.raises(InputError, match=r"query 'other': its gradient is not finite"):
         pipeline.attribute(QUERIES[:2])
     unfinished = [run for run in pipeline.workspace.attributions.iterdir() if not (run / "manifest.json").exists()]
@@ -192,14 +192,14 @@ def test_a_query_without_a_finite_gradient_is_refused(pipeline: Pipeline, monkey
 
 def test_a_document_without_a_finite_score_is_not_ranked(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """The build sets it aside, yet its words still find it."""
-    scores_of = pipeline.exact_scores
+    scores_of = Pipeline.exact_scores
 
-    def broken(filtered: Any, sequences: Any) -> np.ndarray:
-        found = scores_of(filtered, sequences)
+    def broken(self: Pipeline, filtered: Any, sequences: Any) -> np.ndarray:
+        found = scores_of(self, filtered, sequences)
         found[:, [name == "d00" for name in sequences.document_ids]] = np.nan
         return found
 
-    monkeypatch.setattr(pipeline, "exact_scores", broken)
+    monkeypatch.setattr(Pipeline, "exact_scores", broken)
     found = pipeline.attribute([{"id": "q", "prompt": ASK, "completion": "A kite."}])
     assert "d00" not in found.document_ids
     assert np.isfinite(found.samples["score"].to_numpy()).all()
