@@ -217,11 +217,13 @@ class Attribution:
 
     def _repr_html_(self) -> str:
         """The first documents of the first queries, for a notebook."""
-        order = [("query_id", "ascending"), ("side", "descending"), ("rank", "ascending")]
-        rows = self.table.filter(pc.field("rank") <= 3).sort_by(order).slice(0, 30).to_pylist()
+        from msif_core.report.charts import number
+
+        rows = self.table.filter(pc.field("rank") <= 3).slice(0, 30).to_pylist()
         cells = "".join(
             f"<tr><td>{html.escape(row['query_id'])}</td><td>{row['side']}</td><td>{row['rank']}</td>"
-            f"<td>{row['score']:+.4g}</td><td>{row['percentile']:.1f}</td><td>{html.escape(row['document_id'])}</td>"
+            f"<td>{number(row['score'])}</td><td>{row['percentile']:.1f}</td>"
+            f"<td>{html.escape(row['document_id'])}</td>"
             f"<td>{html.escape(self.documents[row['document_id']].source)}</td>"
             f'<td style="text-align:left">{html.escape(self.documents[row["document_id"]].text[:120])}</td></tr>'
             for row in rows
