@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from msif_core import answering, scoring
+from msif_core import answering, catalog, scoring
 from msif_core.attribution import Attribution
 from msif_core.config import Config
 from msif_core.errors import InputError
@@ -173,6 +173,17 @@ def test_percentiles_leave_the_document_itself_out(attribution: Attribution, pip
         assert row["n_random"] == len(others)
         assert row["percentile"] == pytest.approx(100 * np.mean(np.asarray(others) < row["score"]))
     assert inside, "some shown document is in the sample, else this shows nothing"
+
+
+def test_sql_sees_the_question_and_the_sample(attribution: Attribution, pipeline: Pipeline) -> None:
+    pipeline.publish_catalog()
+    asked = f"SELECT query_id, generated, contrast, members FROM queries WHERE run_id = '{attribution.run_id}'"
+    found = {row.pop("query_id"): row for row in catalog.query(pipeline.workspace.root, asked).to_pylist()}
+    assert found["alone"] == {"generated": True, "contrast": None, "members": []}
+    assert found["versus"] == {"generated": False, "contrast": "An oak.", "members": []}
+    assert found["both"]["members"] == ["plain", "versus"]
+    sizes = catalog.query(pipeline.workspace.root, "SELECT DISTINCT n_random FROM influences ORDER BY 1")
+    assert sizes["n_random"].to_pylist() == [7, 8]
 
 
 def test_a_query_without_a_finite_gradient_is_refused(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
