@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file
 
 from msif_core import storage
 from msif_core.config import CurvatureSettings
@@ -88,14 +88,22 @@ def load_model(
             f"{source}: a PEFT adapter of {settings['base_model_name_or_path']}, not a whole model; set "
             "`adapter: merge` on its stage, or merge it yourself (merge_and_unload) and name the saved folder"
         )
+    # peft itself would fall back on a pickle.
+    weights = cached_file(
+        source, "adapter_model.safetensors", revision=revision, _raise_exceptions_for_missing_entries=False
+    )
+    if weights is None:
+        raise InputError(f"{source}: the adapter has no adapter_model.safetensors; save it in that format")
     try:
         import peft
     except ImportError:
         raise InputError(f"{source}: to merge an adapter, peft is needed; pip install 'msif[adapters]'") from None
-    if Path(source).is_dir() and not Path(source, "adapter_model.safetensors").exists():
-        raise InputError(f"{source}: the adapter has no adapter_model.safetensors; save it in that format")
     base = _read_checkpoint(settings["base_model_name_or_path"], settings.get("revision"), *options)
-    merged = peft.PeftModel.from_pretrained(base, source, revision=revision).merge_and_unload()
+    try:
+        merged = peft.PeftModel.from_pretrained(base, source, revision=revision).merge_and_unload()
+    except (OSError, ValueError, RuntimeError) as error:
+        name = settings["base_model_name_or_path"]
+        raise InputError(f"{source}: the adapter cannot be merged into its base model {name}: {error}") from None
     return freeze(merged.to(device))
 
 

@@ -84,7 +84,7 @@ def load_queries(
     found = records.read_list(source, records.query_problem_of)
     if not found:
         raise InputError(f"{source}: no query in it")
-    generated = ["prompt" in r and "input_ids" not in r and r.get("completion") is None for r in found]
+    generated = [records.lacks_completion(record) for record in found]
     found = _completed(found, generated, tokenizer, max_length, complete)
     compared = [row for row, record in enumerate(found) if record.get("contrast") is not None]
     sequences = _one_window_each(found + [_contrast_of(found[row]) for row in compared], tokenizer, max_length, task)

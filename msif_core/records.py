@@ -100,14 +100,19 @@ def check_all(records: Iterable[Record], name: str, check: Check) -> list[Record
     return found
 
 
+def lacks_completion(record: Record) -> bool:
+    """Whether a query is a prompt alone, which the model is to answer."""
+    return "prompt" in record and record.get("completion") in (None, "") and "input_ids" not in record
+
+
 def query_problem_of(record: Any) -> str | None:
     """What is wrong with a query: a record that may lack its completion, have a contrast, and name its sets."""
     if not isinstance(record, dict):
         return problem_of(record)
-    alone = "prompt" in record and record.get("completion") is None and "input_ids" not in record
+    alone = lacks_completion(record)
     if (problem := problem_of(record | {"completion": "generated"} if alone else record)) is not None:
         return problem
-    if alone and not record["prompt"].strip():
+    if alone and not record["prompt"].strip():  # a str, as there is no problem so far
         return "empty prompt; write what the model should answer"
     contrast, named = record.get("contrast"), record.get("set")
     if contrast is not None:

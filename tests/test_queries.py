@@ -55,14 +55,16 @@ def test_taken_queries_bring_the_sequences_that_they_weigh(queries: Queries) -> 
     assert [ids.tolist() for ids in taken.sequences.input_ids] == [[3, 4, 0], [1, 2, 0], [1, 5, 6, 0]]
 
 
-def test_a_prompt_alone_keeps_the_models_own_tokens(tokenizer: Any) -> None:
+@pytest.mark.parametrize("completion", [None, ""])
+def test_a_prompt_alone_keeps_the_models_own_tokens(tokenizer: Any, completion: str | None) -> None:
     asked: list[list[int]] = []
 
     def complete(prompts: list[list[int]]) -> list[list[int]]:
         asked.extend(prompts)
         return [[7, 8, 0] for _ in prompts]
 
-    found = load_queries([{"id": "q", "prompt": "w1 w2 w3", "contrast": "w9"}], tokenizer, 5, "causal_lm", complete)
+    record = {"id": "q", "prompt": "w1 w2 w3", "completion": completion, "contrast": "w9"}
+    found = load_queries([record], tokenizer, 5, "causal_lm", complete)
     assert asked == [[1, 2, 3]]
     assert found.completions == ["w7 w8"]
     assert found.generated == [True]
