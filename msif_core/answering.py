@@ -28,6 +28,10 @@ OPPONENT_SHARE = 0.25
 """Opponents shown, as a share of the proponents."""
 
 
+TOGETHER = 128
+"""Queries in a group at most: their scores are a matrix of queries by all the candidates that they have together."""
+
+
 @dataclass
 class Generation:
     """The published index, opened for one answer: a publish or a refit meanwhile does not touch it."""
@@ -115,12 +119,13 @@ def answer(pipeline: Pipeline, queries: Queries, top_k: int) -> Path:
 
 
 def groups(pipeline: Pipeline, queries: Queries) -> Iterator[Queries]:
-    """The queries, as many at a time as have gradients that fit into `curvature.memory_budget_gb`.
+    """The queries, as many at a time as have gradients that fit into `curvature.memory_budget_gb`, at most `TOGETHER`.
 
     Each group scores its own candidates: with all queries at once, a model too large for the budget would take a pass
     over everybody's candidates for each block of queries and maps.
     """
     count = scoring.queries_within(pipeline.maps(pipeline.last), pipeline.config.curvature.memory_budget_gb)
+    count = min(count, TOGETHER)
     for start in range(0, len(queries), count):
         yield queries.take(range(start, min(start + count, len(queries))))
 
@@ -136,7 +141,8 @@ def answer_group(
     check_finite(queries, scores)
     ranked = by_document(scores, sequences.document_ids, sequences.sequence_ids)
     # A document that the build set aside (a gradient that is not finite) may still be found by its words.
-    finite = {name: c for c, name in enumerate(ranked.documents) if np.isfinite(ranked.total[:, c]).all()}
+    whole = np.isfinite(ranked.total).all(axis=0)
+    finite = {name: c for c, name in enumerate(ranked.documents) if whole[c]}
     for candidate in candidates:
         candidate.keep(finite.keys())
     shown = [shown_columns(ranked.total[q], finite, candidate, top_k) for q, candidate in enumerate(candidates)]

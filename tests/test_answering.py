@@ -120,6 +120,8 @@ def test_groups_of_queries_give_the_answer_of_all_together(
     assert scoring.queries_within(narrow.maps(narrow.last), 1e-6) == 1
     assert len(list(narrow.query_gradients(narrow.read_queries(QUERIES[:1])))) > 1, "and the maps in groups too"
     assert [len(group) for group in answering.groups(narrow, narrow.read_queries(QUERIES))] == [1] * 7
+    monkeypatch.setattr(answering, "TOGETHER", 3)
+    assert [len(group) for group in answering.groups(pipeline, pipeline.read_queries(QUERIES))] == [3, 3, 1]
     monkeypatch.setattr("msif_core.answer_tables.HELD_ROWS", 100)
     alone = narrow.attribute(QUERIES, top_k=6)
     assert pq.ParquetFile(alone.folder / "tokens.parquet").num_row_groups > 3, "written as they came"
