@@ -141,8 +141,7 @@ def answer_group(
     check_finite(queries, scores)
     ranked = by_document(scores, sequences.document_ids, sequences.sequence_ids)
     # A document that the build set aside (a gradient that is not finite) may still be found by its words.
-    whole = np.isfinite(ranked.total).all(axis=0)
-    finite = {name: c for c, name in enumerate(ranked.documents) if whole[c]}
+    finite = {ranked.documents[c]: int(c) for c in np.flatnonzero(np.isfinite(ranked.total).all(axis=0))}
     for candidate in candidates:
         candidate.keep(finite.keys())
     shown = [shown_columns(ranked.total[q], finite, candidate, top_k) for q, candidate in enumerate(candidates)]
