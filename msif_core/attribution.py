@@ -17,9 +17,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from msif_core import storage
+from msif_core.answer_tables import SCHEMAS
 from msif_core.errors import InputError
 
 FloatArray = npt.NDArray[np.float32]
+
+HEADINGS = ("query", "side", "rank", "score", "percentile", "document", "source", "text")
+"""Columns of an attribution in a notebook."""
+
+SIDES = ("query", "contrast", "member")
+"""The sides of a query in tokens.parquet."""
 
 
 @dataclass(frozen=True)
@@ -38,24 +45,40 @@ class Document:
         return dict(json.loads(self.metadata or "{}"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Heatmap:
     """Tokens and the part of the score that each carries, float32 [T]."""
 
     tokens: list[str]
     scores: FloatArray
 
+    def __repr__(self) -> str:
+        return f"Heatmap({len(self.tokens)} tokens, sum {self.scores.sum():+.4g})"
+
     def _repr_html_(self) -> str:
         strongest = float(np.abs(self.scores).max(initial=0)) or 1.0
         spans = []
         for token, score in zip(self.tokens, self.scores, strict=True):
             colour = "0,114,178" if score > 0 else "213,94,0"
-            style = f"background:rgba({colour},{0.6 * abs(score) / strongest:.2f})"
+            # Never colour alone: what speaks against is underlined with dots, as on the page.
+            against = ";text-decoration:underline dotted" if score < -0.05 * strongest else ""
+            style = f"background:rgba({colour},{0.6 * abs(score) / strongest:.2f}){against}"
             spans.append(f'<span style="{style}" title="{score:+.4g}">{html.escape(token)}</span>')
         return f'<div style="white-space:pre-wrap;line-height:1.6">{"".join(spans)}</div>'
 
 
-@dataclass(frozen=True)
+def _read(folder: Path, name: str) -> pa.Table:
+    """A table of the run; what an older msif did not write is null."""
+    schema = SCHEMAS[f"{name}.parquet"]
+    path = folder / f"{name}.parquet"
+    table = pq.read_table(path) if path.exists() else schema.empty_table()
+    for field in schema:
+        if field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    return table
+
+
+@dataclass(frozen=True, repr=False)
 class Attribution:
     """The answer to a set of queries, read from its folder.
 
@@ -68,6 +91,9 @@ class Attribution:
     queries: pa.Table
     manifest: dict[str, Any]
 
+    def __repr__(self) -> str:
+        return f"Attribution({self.run_id}: {len(self.query_ids)} queries, {self.table.num_rows} ranked documents)"
+
     @classmethod
     def open(cls, folder: str | Path) -> Attribution:
         """Read a run's folder, attributions/<run_id>.
@@ -78,7 +104,7 @@ class Attribution:
         folder = Path(folder).resolve()
         if not (folder / "manifest.json").exists():
             raise InputError(f"{folder}: no complete attribution there (its manifest.json is missing)")
-        influences, queries = (pq.read_table(folder / f"{name}.parquet") for name in ("influences", "queries"))
+        influences, queries = (_read(folder, name) for name in ("influences", "queries"))
         return cls(folder, influences, queries, storage.read_json(folder / "manifest.json"))
 
     @property
@@ -111,17 +137,22 @@ class Attribution:
     @cached_property
     def samples(self) -> pa.Table:
         """Exact scores of random documents, the ground of the percentiles."""
-        return pq.read_table(self.folder / "samples.parquet")
+        return _read(self.folder, "samples")
+
+    @cached_property
+    def candidates(self) -> pa.Table:
+        """Exact scores of all that the retrievers proposed, the ranked documents among them."""
+        return _read(self.folder, "candidates")
 
     @cached_property
     def layers(self) -> pa.Table:
         """Contributions of linear maps."""
-        return pq.read_table(self.folder / "layers.parquet")
+        return _read(self.folder, "layers")
 
     @cached_property
     def tokens(self) -> pa.Table:
         """Contributions of tokens."""
-        return pq.read_table(self.folder / "tokens.parquet")
+        return _read(self.folder, "tokens")
 
     @cached_property
     def documents(self) -> dict[str, Document]:
@@ -157,7 +188,13 @@ class Attribution:
         return maps
 
     def heatmap(self, query: str, document: str, side: str = "document") -> Heatmap:
-        """Token scores of a document's best sequence, or of the query's tokens with side="query".
+        """Token scores of a document's strongest sequence, or of the query's side of the same score.
+
+        Args:
+            query: id of the query.
+            document: id of a document that the query shows.
+            side: "document"; "query", and "contrast" of a query with one: the tokens whose losses make the
+                measurement; "member" of a set: the parts of its queries.
 
         Raises:
             InputError: the run did not store that pair.
@@ -180,14 +217,17 @@ class Attribution:
 
     def _repr_html_(self) -> str:
         """The first documents of the first queries, for a notebook."""
-        order = [("query_id", "ascending"), ("side", "descending"), ("rank", "ascending")]
-        rows = self.table.filter(pc.field("rank") <= 3).sort_by(order).slice(0, 30).to_pylist()
+        from msif_core.report.charts import number
+
+        rows = self.table.filter(pc.field("rank") <= 3).slice(0, 30).to_pylist()
         cells = "".join(
             f"<tr><td>{html.escape(row['query_id'])}</td><td>{row['side']}</td><td>{row['rank']}</td>"
-            f"<td>{row['score']:+.4g}</td><td>{html.escape(row['document_id'])}</td>"
+            f"<td>{number(row['score'])}</td><td>{row['percentile']:.1f}</td>"
+            f"<td>{html.escape(row['document_id'])}</td>"
+            f"<td>{html.escape(self.documents[row['document_id']].source)}</td>"
             f'<td style="text-align:left">{html.escape(self.documents[row["document_id"]].text[:120])}</td></tr>'
             for row in rows
         )
-        head = "".join(f"<th>{name}</th>" for name in ("query", "side", "rank", "score", "document", "text"))
+        head = "".join(f"<th>{name}</th>" for name in HEADINGS)
         count = f"{len(self.query_ids)} queries, {self.table.num_rows} ranked documents"
         return f"<p>Attribution {html.escape(self.run_id)}: {count}</p><table><tr>{head}</tr>{cells}</table>"

@@ -69,6 +69,19 @@ class Chain:
         filtered = {name: self.filter(name, V) for name, V in gradients.items()}
         return {name: V for name, V in filtered.items() if V is not None}
 
+    def filter_back(self, name: str, V: torch.Tensor) -> torch.Tensor | None:
+        """The transpose of `filter`, for a document's gradient V [..., G, b, d_in]: filters s, and then s+1 .. K.
+
+        <filter(v), V> = <v, filter_back(V)>, as every filter is symmetric; None for a map that drops out.
+        """
+        stages = self.stages[self.attributed :]
+        if not all(_has(stage, name, V) for stage in stages):
+            return None
+        V = stages[0].curvature[name].apply(V, stages[0].filter.attributed)
+        for stage in stages[1:]:
+            V = stage.curvature[name].apply(V, stage.filter.passing)
+        return V
+
     def rotated(self, name: str, V: torch.Tensor) -> torch.Tensor | None:
         """V filtered by the stages above the attributed one, in the attributed stage's eigenbasis."""
         passed = self._pass(name, V)

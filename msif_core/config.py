@@ -83,6 +83,10 @@ class Stage(Settings):
     task: Literal["causal_lm", "classification"] = Field(
         "causal_lm", description="causal_lm: next-token loss. classification: a label for each text."
     )
+    adapter: Literal["refuse", "merge"] = Field(
+        "refuse",
+        description="What to do with a checkpoint that is a PEFT adapter: refuse it, or merge it into its base model.",
+    )
     training: Training | None = None
     filter: Filter = Filter()
 
@@ -108,7 +112,9 @@ class CurvatureSettings(Settings):
     part_sequences: int = Field(
         2048, ge=1, description="Sequences of the sample whose sums share a file: what a kill loses at most."
     )
-    memory_budget_gb: float = Field(8.0, gt=0, description="Memory for the statistics held at one time.")
+    memory_budget_gb: float = Field(
+        8.0, gt=0, description="Memory for the statistics of a fit, or the query gradients of an answer, held at once."
+    )
 
 
 class SketchSettings(Settings):
@@ -148,6 +154,12 @@ class RetrievalSettings(Settings):
     rerank_min: int = Field(100, ge=1, description="At least so many sequences are re-scored.")
     rerank_max: int = Field(500, ge=1, description="At most so many sequences are re-scored per query and source.")
     random_sample: int = Field(200, ge=0, description="Random documents scored exactly, for percentiles.")
+
+
+class CompletionSettings(Settings):
+    """The model's own answer to a query that is a prompt alone: greedy."""
+
+    max_new_tokens: int = Field(64, ge=1, description="Longest answer, in tokens.")
 
 
 class ComputeSettings(Settings):
@@ -194,6 +206,7 @@ class Config(Settings):
     sketch: SketchSettings = SketchSettings()
     index: IndexSettings = IndexSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
+    completion: CompletionSettings = CompletionSettings()
     compute: ComputeSettings = ComputeSettings()
     runner: RunnerSettings = RunnerSettings()
 

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -46,28 +45,6 @@ DOCUMENTS = pa.schema([
     ("n_sequences", pa.int32()), ("n_tokens", pa.int64()), ("shard", pa.int32()), ("fingerprint", pa.string()),
 ])  # fmt: skip
 QUARANTINE = pa.schema([("document_id", pa.string()), ("reason", pa.string())])
-
-
-@dataclass(frozen=True)
-class Queries:
-    """Queries: what is asked, and the sequence whose loss is explained."""
-
-    ids: list[str]
-    prompts: list[str]
-    completions: list[str]
-    sequences: Sequences
-    metadata: list[dict[str, Any]]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def take(self, rows: npt.NDArray[np.integer]) -> Queries:
-        """The queries at `rows`."""
-        kept = [int(row) for row in rows]
-        return Queries(
-            [self.ids[r] for r in kept], [self.prompts[r] for r in kept], [self.completions[r] for r in kept],
-            self.sequences.take(kept), [self.metadata[r] for r in kept],
-        )  # fmt: skip
 
 
 def tokenize(
@@ -403,30 +380,3 @@ def encode_list(
         [str(found[row]["id"]) for row, _ in windows], np.arange(len(windows), dtype=np.int64),
     )  # fmt: skip
     return sequences, np.asarray([row for row, _ in windows], dtype=np.int64)
-
-
-def load_queries(source: Path | Sequence[records.Record], tokenizer: Any, max_length: int, task: str) -> Queries:
-    """Queries of a jsonl file or of a list of records, one sequence each.
-
-    Raises:
-        InputError: a record is malformed, there is none, or one takes more than a window.
-    """
-    found = records.read_list(source)
-    if not found:
-        raise InputError(f"{source}: no query in it")
-    sequences, rows = encode_list(found, tokenizer, max_length, task)
-    counts = np.bincount(rows, minlength=len(found))
-    for record, count in zip(found, counts, strict=True):
-        if count == 0:
-            raise InputError(f"query {record['id']!r} has no token whose loss could be explained; give it more text")
-        if count > 1:
-            raise InputError(f"query {record['id']!r} does not fit one window of {max_length} tokens; shorten it")
-    prompts = [str(r.get("prompt", "")) for r in found]
-    completions = [str(r.get("completion", r.get("text", ""))) for r in found]
-    return Queries(
-        [str(r["id"]) for r in found],
-        prompts,
-        completions,
-        sequences,
-        [records.metadata_of(r) for r in found],
-    )

@@ -13,6 +13,7 @@ from typing import Any
 from msif_core import corpus, records, storage
 from msif_core.config import Config, Stage
 from msif_core.errors import InputError
+from msif_core.queries import load_queries
 from msif_core.training import Architecture, new_model, sequence_losses, train_stage, train_tokenizer
 
 VOCABULARY = 2048
@@ -82,7 +83,7 @@ def query_losses(config: Config, queries: str | Path) -> dict[str, dict[str, flo
     found: dict[str, dict[str, float]] = {}
     for stage in config.stages:
         window = config.corpus.max_length or ARCHITECTURE.positions
-        asked = corpus.load_queries(Path(queries), load_tokenizer(stage.model), window, stage.task)
+        asked = load_queries(Path(queries), load_tokenizer(stage.model), window, stage.task)
         sums, counts = sequence_losses(load_model(stage.model), asked.sequences)
         groups: dict[str, list[int]] = {"all": list(range(len(asked))), "gold": [], "controls": []}
         for row, metadata in enumerate(asked.metadata):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,6 +13,7 @@ import torch
 import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file, find_adapter_config_file
 
 from msif_core import storage
 from msif_core.errors import InputError
@@ -69,14 +71,54 @@ def load_model(
     task: str = "causal_lm",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    adapter: str = "refuse",
 ) -> nn.Module:
     """The frozen model in evaluation mode; weights come from safetensors only.
 
+    An adapter (PEFT) is merged into its base model with `adapter` "merge".
+
     Raises:
-        InputError: there is no such checkpoint, or it has no safetensors, lacks weights, or is an adapter.
+        InputError: there is no such checkpoint, or it has no safetensors, lacks weights, or is an adapter that is
+            not to be merged, or cannot be.
     """  # fmt: skip
-    if Path(source, "adapter_config.json").exists():
-        raise InputError(f"{source}: a PEFT adapter; merge it into its base model (merge_and_unload) and save that")
+    options = (dtype, task, trust_remote_code)
+    settings = adapter_settings(source, revision)
+    if settings is None:
+        return freeze(_read_checkpoint(source, revision, *options).to(device))
+    if adapter != "merge":
+        raise InputError(
+            f"{source}: a PEFT adapter of {settings['base_model_name_or_path']}, not a whole model; set "
+            "`adapter: merge` on its stage, or merge it yourself (merge_and_unload) and name the saved folder"
+        )
+    # peft itself would fall back on a pickle.
+    weights = cached_file(
+        source, "adapter_model.safetensors", revision=revision, _raise_exceptions_for_missing_entries=False
+    )
+    if weights is None:
+        raise InputError(f"{source}: the adapter has no adapter_model.safetensors; save it in that format")
+    try:
+        import peft
+    except ImportError:
+        raise InputError(f"{source}: to merge an adapter, peft is needed; pip install 'msif[adapters]'") from None
+    base = _read_checkpoint(settings["base_model_name_or_path"], settings.get("revision"), *options)
+    try:
+        merged = peft.PeftModel.from_pretrained(base, source, revision=revision).merge_and_unload()
+    except (OSError, ValueError, RuntimeError) as error:
+        name = settings["base_model_name_or_path"]
+        raise InputError(f"{source}: the adapter cannot be merged into its base model {name}: {error}") from None
+    return freeze(merged.to(device))
+
+
+def adapter_settings(source: str, revision: str | None = None) -> dict[str, Any] | None:
+    """What adapter_config.json says of a folder or hub id; None of a whole model."""
+    try:
+        path = find_adapter_config_file(source, revision=revision)
+    except (OSError, ValueError):  # no such folder or hub id: what reads the checkpoint says so
+        return None
+    return None if path is None else dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def _read_checkpoint(source: str, revision: str | None, dtype: str, task: str, trust_remote_code: bool) -> Any:
     auto = {
         "causal_lm": transformers.AutoModelForCausalLM,
         "classification": transformers.AutoModelForSequenceClassification,
@@ -93,7 +135,7 @@ def load_model(
             f"{source}: the checkpoint has no weights for {sorted(loaded['missing_keys'])}, which would be random; "
             f"is its task {task}?"
         )
-    return freeze(model.to(device))
+    return model
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -105,20 +147,32 @@ def freeze(model: nn.Module) -> nn.Module:
 
 @lru_cache(maxsize=4)
 def load_tokenizer(source: str, revision: str | None = None) -> Any:
-    """The checkpoint's tokenizer, None where it has none (records with input_ids need none)."""
+    """The checkpoint's tokenizer, None where it has none (records with input_ids need none).
+
+    An adapter without one has its base model's.
+    """
     try:
         return transformers.AutoTokenizer.from_pretrained(source, revision=revision or "main")
     except (OSError, ValueError):
-        return None
+        adapter = adapter_settings(source, revision)
+        return load_tokenizer(adapter["base_model_name_or_path"], adapter.get("revision")) if adapter else None
 
 
 @lru_cache(maxsize=16)
 def model_fingerprint(source: str, revision: str | None = None) -> str:
-    """Digest of a local checkpoint's weights and configuration; a hub model is its id and revision."""
-    files = sorted(Path(source).glob("*.safetensors")) + sorted(Path(source).glob("config.json"))
+    """Digest of a local checkpoint's weights and configuration; a hub model is its id and revision.
+
+    An adapter's is that of its own files and of its base model.
+    """
+    named = [Path(source, name) for name in ("config.json", "adapter_config.json")]
+    files = sorted(Path(source).glob("*.safetensors")) + [path for path in named if path.exists()]
     if not files:
         return storage.fingerprint(source, revision)
-    return storage.fingerprint([(path.name, storage.file_digest(path)) for path in files])
+    digests = [(path.name, storage.file_digest(path)) for path in files]
+    if named[1].exists() and (adapter := adapter_settings(source)) is not None:
+        base = model_fingerprint(adapter["base_model_name_or_path"], adapter.get("revision"))
+        return storage.fingerprint(digests, base)
+    return storage.fingerprint(digests)
 
 
 def tracked_maps(model: Any, settings: CurvatureSettings) -> list[TrackedMap]:

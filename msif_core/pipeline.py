@@ -21,6 +21,7 @@ from msif_core.batching import Sequences
 from msif_core.errors import InputError
 from msif_core.evaluation.recall import recall_at_k
 from msif_core.lexical import LexicalIndex
+from msif_core.queries import Queries
 from msif_core.retrieval import FloatArray
 from msif_core.sketch import Sketcher
 from msif_core.stages import Stages
@@ -52,7 +53,7 @@ class Pipeline(Stages):
         budget = self.config.curvature.memory_budget_gb
         return self.sketcher().documents(self.model(self.target), sequences, self.batch_tokens, budget)
 
-    def query_sketches(self, queries: Sequences) -> FloatArray:
+    def query_sketches(self, queries: Queries) -> FloatArray:
         """Psi of the queries, float32 [Q, dimensions]: sketches are linear, so those of some maps add up."""
         sketcher, chain = self.sketcher(), self.chain()
         psi = np.zeros((len(queries), self.config.sketch.dimensions), dtype=np.float32)
@@ -153,18 +154,18 @@ class Pipeline(Stages):
         within = int(np.searchsorted(np.cumsum(counts), self.config.index.recall_sample, side="right"))
         return list(range(max(1, within)))
 
-    def held_out(self) -> corpus.Queries | None:
+    def held_out(self) -> Queries | None:
         """The queries that measure recall, None where the configuration names none."""
         if self.config.queries is None or self.config.index.recall_queries == 0:
             return None
         queries = self.read_queries(Path(self.config.queries))
         return queries.take(np.arange(min(len(queries), self.config.index.recall_queries)))
 
-    def exact_folder(self, queries: corpus.Queries) -> Path:
+    def exact_folder(self, queries: Queries) -> Path:
         """Folder of the exact scores that these queries, factors and filters give."""
         chain_key = [self.factors_fingerprint(stage.name) for stage in self.config.stages]
         filters = [stage.filter.model_dump() for stage in self.config.stages]
-        return self.workspace.root / "exact" / storage.fingerprint(queries.sequences.fingerprints, chain_key, filters)
+        return self.workspace.root / "exact" / storage.fingerprint(queries.fingerprint, chain_key, filters)
 
     def exact_shard(self, shard: int) -> Path:
         """Exact scores of the held-out queries on one shard's sequences, float32 [2, Q, N], as .npy.
@@ -183,13 +184,13 @@ class Pipeline(Stages):
             known = reuse.copy_known(sequences.fingerprints, self._earlier_scores(shard, folder), scores)
             fresh = np.flatnonzero(~known)
             if len(fresh):
-                scores[fresh] = self._exact_both(queries.sequences, sequences.take(fresh)).transpose(2, 0, 1)
+                scores[fresh] = self._exact_both(queries, sequences.take(fresh)).transpose(2, 0, 1)
             with open(path, "wb") as handle:
                 np.save(handle, np.ascontiguousarray(scores.transpose(1, 2, 0)))
 
         return storage.build_once(folder / f"{source.stem}.npy", build)
 
-    def _exact_both(self, queries: Sequences, documents: Sequences) -> npt.NDArray[np.float64]:
+    def _exact_both(self, queries: Queries, documents: Sequences) -> npt.NDArray[np.float64]:
         """Multi-stage scores and gradient dot products, [2, Q, N].
 
         A sequence whose gradient is not finite is in quarantine: it ranks last.
@@ -217,7 +218,7 @@ class Pipeline(Stages):
         exact = np.concatenate([np.load(self.exact_shard(shard))[0] for shard in shards], axis=1)
         ids = np.concatenate([corpus.read_shard(self.shards(self.target)[s]).sequence_ids for s in shards])
         found = index.Index([self.index_shard(shard) for shard in shards], self.config.index)
-        psi = self.query_sketches(queries.sequences)
+        psi = self.query_sketches(queries)
         shares = (0.005, 0.01, 0.02, 0.05, 0.1)
         _, retrieved = found.search(psi, max(10, int(len(ids) * shares[-1])))
         return {
@@ -258,7 +259,7 @@ class Pipeline(Stages):
             self.corpus_manifest(self.target)["fingerprint"],
             [(stage.filter.model_dump(), self.factors_fingerprint(stage.name)) for stage in self.config.stages],
             self.config.index.model_dump(exclude={"min_recall"}),
-            queries.sequences.fingerprints if queries is not None else None,
+            queries.fingerprint if queries is not None else None,
         )
 
     def publish_generation(self) -> Path:
@@ -369,8 +370,11 @@ class Pipeline(Stages):
         return Attribution.open(folder)
 
     def score(self, queries: Path | Sequence[dict[str, Any]], documents: Path | Sequence[dict[str, Any]]) -> FloatArray:
-        """Exact scores of given documents, float32 [n_queries, n_documents], in the records' order."""
-        asked = self.read_queries(queries).sequences
+        """Exact scores of given documents, float32 [n_queries, n_documents], in the records' order.
+
+        Sets that the queries name follow them, in order of first mention.
+        """
+        asked = self.read_queries(queries)
         target = self.config.stage(self.target)
         found = records.read_list(documents)
         sequences, rows = corpus.encode_list(

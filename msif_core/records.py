@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -16,7 +16,11 @@ from msif_core.config import Documents, HubDataset
 from msif_core.errors import InputError
 
 Record = dict[str, Any]
+Check = Callable[[Any], str | None]
+"""What is wrong with a record, None if nothing is."""
+
 KNOWN = {"id", "text", "source", "prompt", "completion", "input_ids", "labels", "label"}
+QUERY_FIELDS = KNOWN | {"contrast", "set"}
 
 
 @dataclass
@@ -58,8 +62,10 @@ def source_fingerprint(documents: Documents) -> str:
     return storage.fingerprint(parts)
 
 
-def read_records(documents: Documents, skipped: Skipped, skip: bool = False) -> Iterator[Record]:
-    """Stream the checked records of all sources.
+def read_records(
+    documents: Documents, skipped: Skipped, skip: bool = False, check: Check | None = None
+) -> Iterator[Record]:
+    """Stream the records of all sources, checked as documents or by `check`.
 
     Raises:
         InputError: a malformed record (unless `skip`), a duplicate id; names file and line.
@@ -71,7 +77,7 @@ def read_records(documents: Documents, skipped: Skipped, skip: bool = False) -> 
         )
         for stream in streams:
             for where, record in stream:
-                problem = problem_of(record)
+                problem = (check or problem_of)(record)
                 if problem is None and (first := seen.get(record["id"])) is not None:
                     problem = f"id {record['id']!r} stands already at {first}; ids must differ"
                 if problem is not None:
@@ -81,13 +87,45 @@ def read_records(documents: Documents, skipped: Skipped, skip: bool = False) -> 
                 yield record
 
 
-def check_all(records: Iterable[Record], name: str) -> list[Record]:
+def check_all(records: Iterable[Record], name: str, check: Check) -> list[Record]:
     """Check records given as Python dictionaries."""
     found = list(records)
+    seen: dict[str, int] = {}
     for number, record in enumerate(found, 1):
-        if (problem := problem_of(record)) is not None:
+        problem = check(record)
+        if problem is None and (first := seen.setdefault(record["id"], number)) != number:
+            problem = f"id {record['id']!r} stands already at record {first}; ids must differ"
+        if problem is not None:
             raise InputError(f"{name}, record {number}: {problem}")
     return found
+
+
+def lacks_completion(record: Record) -> bool:
+    """Whether a query is a prompt alone, which the model is to answer."""
+    return "prompt" in record and record.get("completion") in (None, "") and "input_ids" not in record
+
+
+def query_problem_of(record: Any) -> str | None:
+    """What is wrong with a query: a record that may lack its completion, have a contrast, and name its sets."""
+    if not isinstance(record, dict):
+        return problem_of(record)
+    alone = lacks_completion(record)
+    if (problem := problem_of(record | {"completion": "generated"} if alone else record)) is not None:
+        return problem
+    if alone and not record["prompt"].strip():  # a str, as there is no problem so far
+        return "empty prompt; write what the model should answer"
+    contrast, named = record.get("contrast"), record.get("set")
+    if contrast is not None:
+        words = "prompt" in record and isinstance(contrast, str) and contrast
+        label = "label" in record and isinstance(contrast, int) and not isinstance(contrast, bool)
+        if not words and not label:
+            return "contrast must be another completion of its prompt as text (or another label of its text)"
+        if contrast in (record.get("completion"), record.get("label")):
+            return "contrast is the completion itself, so there is no difference to explain; give another one"
+    names = [named] if isinstance(named, str) else named
+    if named is not None and not (isinstance(names, list) and names and all(isinstance(n, str) and n for n in names)):
+        return "set must be a name, or a list of names"
+    return None
 
 
 def problem_of(record: Any) -> str | None:
@@ -107,9 +145,9 @@ def problem_of(record: Any) -> str | None:
     return None if record["text"].strip() else "empty text; remove the record"
 
 
-def metadata_of(record: Record) -> Record:
+def metadata_of(record: Record, known: set[str] = KNOWN) -> Record:
     """The fields that msif does not know: kept, and queryable in SQL."""
-    return {key: value for key, value in record.items() if key not in KNOWN}
+    return {key: value for key, value in record.items() if key not in known}
 
 
 def text_of(record: Record) -> str:
@@ -166,8 +204,8 @@ def _hub(source: HubDataset) -> Iterator[tuple[str, Record]]:
         yield f"dataset {source.dataset}, row {number}", {"id": key, "text": row[source.text], **rest}
 
 
-def read_list(source: Path | Sequence[Record]) -> list[Record]:
+def read_list(source: Path | Sequence[Record], check: Check = problem_of) -> list[Record]:
     """Records of a jsonl file or of a Python list, checked."""
     if isinstance(source, str | Path):
-        return list(read_records(str(source), Skipped()))
-    return check_all(source, "records")
+        return list(read_records(str(source), Skipped(), check=check))
+    return check_all(source, "records", check)

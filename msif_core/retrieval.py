@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +23,10 @@ class Candidates:
         for document in documents:
             self.sources.setdefault(document, set()).add(source)
 
+    def keep(self, documents: Container[str]) -> None:
+        """Drop what is not among `documents`."""
+        self.sources = {name: found for name, found in self.sources.items() if name in documents}
+
     def label(self, document: str) -> str:
         """gradient, bm25, both, or exact for a document that another query's retriever proposed."""
         found = self.sources.get(document, set())
@@ -31,50 +35,67 @@ class Candidates:
 
 @dataclass(frozen=True)
 class DocumentScores:
-    """Exact scores of documents: float32 [Q, D], and for each the best sequence and its score."""
+    """Exact scores of documents: float32 [Q, D], and for each its strongest sequence and that one's score.
+
+    The strongest sequence is the one that speaks most in the document's own direction: the highest of a proponent,
+    the lowest of an opponent.
+    """
 
     documents: list[str]
     total: FloatArray
     best: FloatArray
     best_sequence: npt.NDArray[np.int64]
+    best_row: npt.NDArray[np.int64]
 
 
 def by_document(scores: FloatArray, document_ids: Sequence[str], sequence_ids: npt.NDArray[np.int64]) -> DocumentScores:
-    """Sum sequence scores [Q, N] over each document, and keep each document's best sequence."""
+    """Sum sequence scores [Q, N] over each document, and keep each document's strongest sequence."""
     documents, inverse = np.unique(np.asarray(document_ids, dtype=object), return_inverse=True)
     order = np.argsort(inverse, kind="stable")
     starts = np.searchsorted(inverse[order], np.arange(len(documents)))
     ordered = scores[:, order]
     total = np.add.reduceat(ordered, starts, axis=1) if len(documents) else ordered
-    best = np.maximum.reduceat(ordered, starts, axis=1) if len(documents) else ordered
-    best_row = np.zeros_like(best, dtype=np.int64)
+    strongest_row = np.zeros_like(total, dtype=np.int64)
     for column, rows in enumerate(np.split(order, starts[1:])):
-        best_row[:, column] = rows[np.argmax(scores[:, rows], axis=1)]
-    return DocumentScores([str(name) for name in documents], total.astype(np.float32), best, sequence_ids[best_row])
+        own = scores[:, rows] * np.where(total[:, column] < 0, -1, 1)[:, None]
+        strongest_row[:, column] = rows[np.argmax(own, axis=1)]
+    best = np.take_along_axis(scores, strongest_row, axis=1)
+    return DocumentScores(
+        [str(name) for name in documents], total.astype(np.float32), best, sequence_ids[strongest_row], strongest_row
+    )
 
 
-def percentiles(scores: FloatArray, sample: FloatArray) -> FloatArray:
-    """Share (0 to 100) of the random sample [Q, R] that scores below each of `scores` [Q, D]."""
-    if sample.shape[1] == 0:
-        return np.full_like(scores, np.nan)
-    ranked = np.sort(sample, axis=1)
-    below = [np.searchsorted(ranked[q], scores[q]) for q in range(len(scores))]
-    return (100.0 * np.stack(below) / sample.shape[1]).astype(np.float32)
+def percentiles(scores: FloatArray, sampled: npt.NDArray[np.int64]) -> tuple[FloatArray, npt.NDArray[np.int64]]:
+    """Share (0 to 100) of the randomly sampled documents that score below each document.
+
+    Args:
+        scores: float32 [Q, D].
+        sampled: columns of the random documents. A document is not compared with itself.
+
+    Returns:
+        Percentiles [Q, D], NaN without a sample, and how many random documents each was compared with, [D].
+    """
+    others = np.full(scores.shape[1], len(sampled), dtype=np.int64)
+    others[sampled] -= 1
+    ranked = np.sort(scores[:, sampled], axis=1)
+    below = np.stack([np.searchsorted(ranked[q], scores[q]) for q in range(len(scores))])
+    with np.errstate(invalid="ignore"):
+        return np.where(others > 0, 100.0 * below / np.maximum(others, 1), np.nan).astype(np.float32), others
 
 
 def duplicate_groups(texts: Sequence[str], threshold: float = 0.7) -> list[int]:
     """Group near-duplicate texts: Jaccard similarity of their word 3-shingles at or above `threshold`.
 
-    Returns the position of each text's first near-duplicate (its own position where it is the first).
+    Returns the position of each text's first near-duplicate (its own position where it is the first, or has no words).
     """
     shingles = []
     for text in texts:
         words = re.findall(r"\w+", text.lower())
-        shingles.append({tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2))})
+        shingles.append({tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2))} if words else set())
     groups = list(range(len(texts)))
     for i, mine in enumerate(shingles):
         for j in range(i):
-            if len(mine & shingles[j]) >= threshold * len(mine | shingles[j]):
+            if mine and len(mine & shingles[j]) >= threshold * len(mine | shingles[j]):
                 groups[i] = groups[j]
                 break
     return groups

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ from torch import nn
 from msif_core.batching import Batch, Sequences, batches
 from msif_core.capture import capture, forward
 from msif_core.curvature.fit import sum_dtype
-from msif_core.curvature.gradients import gradient_chunks, per_sequence_gradients
+from msif_core.curvature.gradients import CHUNK_ENTRIES, gradient_chunks, per_sequence_gradients
 from msif_core.losses import target_loss, target_losses
 from msif_core.models import TrackedMap
 
@@ -41,18 +41,43 @@ def query_groups(maps: list[TrackedMap], queries: int, budget_gb: float) -> Iter
         yield rows, group
 
 
-def query_gradients(
-    model: nn.Module, maps: list[TrackedMap], sequences: Sequences, batch_tokens: int, *, task: str
-) -> Gradients:
-    """Gradient of each sequence's summed loss: map name to [Q, G, b, d_in], in the sums' dtype."""
-    device, dtype = next(model.parameters()).device, sum_dtype(model)
-    found = {m.name: torch.zeros(len(sequences), *m.shape, dtype=dtype, device=device) for m in maps}
-    for batch in batches(sequences, batch_tokens, device):
-        rows = torch.from_numpy(batch.rows).to(device)
+def queries_within(maps: list[TrackedMap], budget_gb: float) -> int:
+    """How many queries' gradients of all maps fit into the budget, raw and filtered; at least one."""
+    return max(1, int(budget_gb / (COPIES * 4e-9 * sum(m.size for m in maps))))
 
-        def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, rows: torch.Tensor = rows) -> None:
-            for part in gradient_chunks(m, len(rows)):
-                found[m.name][rows[part]] = per_sequence_gradients(a[part].to(dtype), d[part].to(dtype))
+
+def query_gradients(
+    model: nn.Module,
+    maps: list[TrackedMap],
+    sequences: Sequences,
+    batch_tokens: int,
+    *,
+    task: str,
+    measurements: Sequence[Mapping[int, float]] | None = None,
+) -> Gradients:
+    """Gradient of each measurement: map name to [Q, G, b, d_in], in the sums' dtype.
+
+    A measurement is a weighted sum of sequences' summed losses, a mapping of rows to weights; without
+    `measurements`, each sequence is one.
+    """
+    device, dtype = next(model.parameters()).device, sum_dtype(model)
+    terms = [{row: 1.0} for row in range(len(sequences))] if measurements is None else measurements
+    owners, rows, weights = (
+        torch.tensor(column, device=device)
+        for column in zip(*((q, row, w) for q, term in enumerate(terms) for row, w in term.items()), strict=True)
+    )
+    found = {m.name: torch.zeros(len(terms), *m.shape, dtype=dtype, device=device) for m in maps}
+    for batch in batches(sequences, batch_tokens, device):
+        place = torch.full((len(sequences),), -1, device=device)
+        place[torch.from_numpy(batch.rows).to(device)] = torch.arange(len(batch.rows), device=device)
+        at = place[rows]
+
+        def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, at: torch.Tensor = at) -> None:
+            for part in gradient_chunks(m, len(a)):
+                gradients = per_sequence_gradients(a[part].to(dtype), d[part].to(dtype))
+                used = (at >= part.start) & (at < part.stop)
+                own = gradients[at[used] - part.start] * weights[used, None, None, None].to(dtype)
+                found[m.name].index_add_(0, owners[used], own)
 
         capture(model, maps, batch, target_loss(task), consume)
     return found
@@ -126,6 +151,46 @@ def contributions(
 
         capture(model, maps, batch, target_loss(task), consume)
     return by_map, by_token
+
+
+def query_contributions(
+    model: nn.Module,
+    maps: list[TrackedMap],
+    documents: Gradients,
+    sequences: Sequences,
+    batch_tokens: int,
+    *,
+    task: str,
+) -> list[FloatArray]:
+    """Scores of documents, split over the tokens of a query's sequences: of each sequence float32 [D, T].
+
+    `documents` are gradients [D, G, b, d_in] of documents, filtered back up the chain (`Chain.filter_back`). As
+    <v, V> with the query's gradient v = sum_t d_t a_t^T is sum_t d_t^T V a_t, a document's row adds up to its exact
+    score with that sequence.
+    """
+    device, dtype = next(model.parameters()).device, sum_dtype(model)
+    maps = [m for m in maps if m.name in documents]
+    count = len(next(iter(documents.values())))
+    found: list[FloatArray] = [np.zeros((count, len(ids)), np.float32) for ids in sequences.input_ids]
+    for batch in batches(sequences, batch_tokens, device):
+
+        def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, batch: Batch = batch) -> None:
+            a, d = a.to(dtype), d.to(dtype)
+            step = max(1, CHUNK_ENTRIES // (d.numel() + 1))
+            parts = [token_products_of(V, a, d) for V in documents[m.name].split(step)]
+            products = torch.cat(parts, dim=1).cpu().numpy()
+            for i, row in enumerate(batch.rows):
+                width = min(products.shape[2], found[row].shape[1])
+                found[row][:, :width] += products[i, :, :width].astype(np.float32)
+
+        capture(model, maps, batch, target_loss(task), consume)
+    return found
+
+
+def token_products_of(V: torch.Tensor, a: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """d_t^T V a_t of each token and document: [N, D, T], for V [D, G, b, d_in]."""
+    reached = (a @ V.to(a.device, a.dtype).flatten(0, 2).mT).unflatten(-1, (len(V), -1))
+    return (reached * d.flatten(2)[:, :, None]).sum(dim=-1).mT
 
 
 @torch.no_grad()

@@ -24,6 +24,8 @@ from msif_core.curvature import filters, fit
 from msif_core.curvature.factors import Factors
 from msif_core.curvature.steps import Fit
 from msif_core.errors import InputError
+from msif_core.generating import complete
+from msif_core.queries import Queries, load_queries
 from msif_core.retrieval import FloatArray
 from msif_core.scoring import Gradients
 from msif_core.workspace import Workspace
@@ -71,6 +73,7 @@ class Stages:
             task=settings.task,
             revision=settings.revision,
             trust_remote_code=self.config.compute.trust_remote_code,
+            adapter=settings.adapter,
         )
 
     def tokenizer(self, stage: str) -> Any:
@@ -252,13 +255,26 @@ class Stages:
 
     # -- queries and exact scores -----------------------------------------------------------------
 
-    def read_queries(self, source: Path | Sequence[dict[str, Any]]) -> corpus.Queries:
-        """Queries for the last stage's model, from a jsonl file or from records."""
-        last = self.config.stages[-1].name
-        return corpus.load_queries(source, self.tokenizer(last), self.max_length(last), self.config.stages[-1].task)
+    def read_queries(self, source: Path | Sequence[dict[str, Any]]) -> Queries:
+        """Queries for the last stage's model, which answers those that are a prompt alone."""
+        last = self.config.stages[-1]
+        tokenizer = self.tokenizer(last.name)
 
-    def query_gradients(self, queries: Sequences) -> Iterator[tuple[slice, Gradients]]:
-        """Gradients of the queries' losses at the last stage: some queries' and some maps' at a time.
+        def answers(prompts: list[list[int]]) -> list[list[int]]:
+            return complete(
+                self.model(last.name),
+                prompts,
+                max_length=self.max_length(last.name),
+                max_new_tokens=self.config.completion.max_new_tokens,
+                batch_tokens=self.batch_tokens,
+                end=tokenizer.eos_token_id,
+            )
+
+        generates = answers if last.task == "causal_lm" else None
+        return load_queries(source, tokenizer, self.max_length(last.name), last.task, generates)
+
+    def query_gradients(self, queries: Queries) -> Iterator[tuple[slice, Gradients]]:
+        """Gradients of the queries' measurements at the last stage: some queries' and some maps' at a time.
 
         Each item is the queries' slice and map name to [Q, G, b, d_in], within `curvature.memory_budget_gb`
         together with their filtered copies. One pass of those queries for each item.
@@ -266,10 +282,15 @@ class Stages:
         last = self.config.stages[-1]
         model, maps = self.model(last.name), self.maps(last.name)
         for rows, group in scoring.query_groups(maps, len(queries), self.config.curvature.memory_budget_gb):
-            some = queries.take(np.arange(len(queries))[rows])
-            yield rows, scoring.query_gradients(model, group, some, self.batch_tokens, task=last.task)
+            some = queries.take(range(len(queries))[rows])
+            yield (
+                rows,
+                scoring.query_gradients(
+                    model, group, some.sequences, self.batch_tokens, task=last.task, measurements=some.measurements
+                ),
+            )
 
-    def scores(self, queries: Sequences, documents: Sequences) -> FloatArray:
+    def scores(self, queries: Queries, documents: Sequences) -> FloatArray:
         """Exact scores of the attributed stage's sequences, float32 [Q, N].
 
         Raises:

@@ -10,5 +10,6 @@ CREATE TABLE columns.influences (
     percentile FLOAT,
     side VARCHAR,
     candidate_source VARCHAR,
-    duplicate_group INTEGER
+    duplicate_group INTEGER,
+    n_random INTEGER
 );

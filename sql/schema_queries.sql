@@ -5,5 +5,8 @@ CREATE TABLE columns.queries (
     prompt VARCHAR,
     completion VARCHAR,
     loss FLOAT,
-    metadata VARCHAR
+    metadata VARCHAR,
+    generated BOOLEAN,
+    contrast VARCHAR,
+    members VARCHAR[]
 );

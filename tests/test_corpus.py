@@ -290,29 +290,6 @@ def test_read_shard_gives_aligned_arrays(tmp_path: Path, tokenizer: Any):
     )
 
 
-# -- queries ------------------------------------------------------------------------------------------
-
-
-def test_queries_keep_their_order_and_metadata(tmp_path: Path, tokenizer: Any):
-    records = [{"id": "q2", "prompt": "w1", "completion": "w2", "set": "x"}, {"id": "q1", "text": "w3 w4"}]
-    queries = corpus.load_queries(Path(write_jsonl(tmp_path / "q.jsonl", records)), tokenizer, 8, "causal_lm")
-    assert (queries.ids, queries.prompts, queries.completions) == (["q2", "q1"], ["w1", ""], ["w2", "w3 w4"])
-    assert queries.metadata == [{"set": "x"}, {}]
-    assert queries.take(np.array([1])).ids == ["q1"]
-
-
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ({"id": "q", "text": words(20)}, "query 'q' does not fit one window of 8 tokens; shorten it"),
-        ({"id": "q", "input_ids": [3]}, "query 'q' has no token whose loss could be explained; give it more text"),
-    ],
-)
-def test_a_query_is_one_window_with_a_target(tokenizer: Any, record: dict[str, Any], message: str):
-    with pytest.raises(InputError, match=message):
-        corpus.load_queries([record], tokenizer, 8, "causal_lm")
-
-
 # -- bad input ----------------------------------------------------------------------------------------
 
 GOOD = {"id": "good", "text": "w1 w2 w3"}

@@ -125,7 +125,7 @@ def test_exact_scores_of_known_sequences_are_kept(project: Path, monkeypatch: py
     names = [name for part in rows for name in part.document_ids]
     queries = pipeline.held_out()
     assert queries is not None
-    anew = np.concatenate([pipeline.scores(queries.sequences, part) for part in rows], axis=1)
+    anew = np.concatenate([pipeline.scores(queries, part) for part in rows], axis=1)
     assert len(names) == 47
     np.testing.assert_allclose(kept[0], anew, rtol=1e-4, atol=1e-6 * np.abs(anew).max())
 

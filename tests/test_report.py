@@ -4,7 +4,9 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import duckdb
 import numpy as np
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -29,7 +31,7 @@ def page(attribution: Attribution, tmp_path_factory: pytest.TempPathFactory) -> 
 class Checker(HTMLParser):
     """Collects ids, links and tags, and checks that elements nest."""
 
-    VOID = frozenset({"meta", "input", "rect", "line", "path", "br", "link", "img"})
+    VOID = frozenset({"meta", "wbr", "input", "rect", "line", "path", "br", "link", "img"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,6 +71,9 @@ def test_heatmap_sums_to_the_score(attribution: Attribution) -> None:
         assert len(heat.tokens) == len(heat.scores) == 30
         assert heat.scores.sum() == pytest.approx(row["best_score"], rel=1e-4)
     assert "&lt;script&gt;" in heat._repr_html_()
+    shown = Heatmap(["for", "against"], np.asarray([2.0, -1.0], np.float32))._repr_html_()
+    assert shown.index("underline") > shown.index("for"), "what speaks against is marked by more than its colour"
+    assert shown.count("underline") == 1
     with pytest.raises(InputError, match="stored no document tokens of query 'q-000', document 'absent'"):
         attribution.heatmap("q-000", "absent")
 
@@ -83,6 +88,35 @@ def test_repr_html(attribution: Attribution) -> None:
     shown = attribution._repr_html_()
     assert shown.count("<tr>") == 1 + 2 * (3 + 2)
     assert "3 queries, 16 ranked documents" in shown
+    assert repr(attribution) == "Attribution(20260101-000000-aaaaaa: 3 queries, 16 ranked documents)"
+
+
+def test_a_run_of_an_older_version_is_shown(tmp_path: Path) -> None:
+    folder = write_workspace(tmp_path) / "attributions" / "20260101-000000-aaaaaa"
+    (folder / "candidates.parquet").unlink()
+    for name, new in (("queries", ["generated", "contrast", "members"]), ("influences", ["n_random"])):
+        path = folder / f"{name}.parquet"
+        pq.write_table(pq.read_table(path).drop_columns(new), path)
+    text = Attribution.open(folder).to_html(tmp_path / "page.html").read_text()
+    assert "of 40 random documents" in text
+    assert not re.search(r"\bNone\b", text)
+
+
+def test_the_table_is_read_without_a_copy(attribution: Attribution) -> None:
+    influences = attribution.table
+
+    def address(column: pa.ChunkedArray) -> int:
+        return int(column.chunk(column.num_chunks - 1).buffers()[1].address)
+
+    frame = influences.to_pandas(types_mapper=pandas.ArrowDtype)
+    assert address(frame["score"].array.__arrow_array__()) == address(influences["score"])
+    found = duckdb.sql("SELECT count(*), max(score) FROM influences").fetchall()
+    assert found == [(influences.num_rows, max(influences["score"].to_pylist()))]
+
+
+def test_polars_takes_the_table(attribution: Attribution) -> None:
+    polars = pytest.importorskip("polars", reason="polars is not installed")
+    assert polars.from_arrow(attribution.table).height == attribution.table.num_rows
 
 
 def test_not_an_attribution(tmp_path: Path) -> None:
@@ -107,10 +141,13 @@ def test_page_shows_every_part(page: str, attribution: Attribution) -> None:
     assert page.count('<li class="document opponent"') == 4
     assert page.count("<svg") == 3
     for text in (
-        "No candidate document lowers this query’s loss", "near-duplicate of 1", "Tokens of the query that it moves",
-        "Contributions by layer", "Recall@10", "0.950", "0.1 × mean eigenvalue", "0.01 to 0.03",
+        "No candidate document lowers this query’s loss", "+ 1 near-duplicate<",
+        "which of its tokens carry the score", "which tokens carry the score", "The completion it is compared with",
+        "The model’s own answer, explained", "rather than", "A wild duck.", "Strongest:",
+        "Contributions by layer and kind of map", "Recall@10", "0.950", "0.1 × mean eigenvalue", "0.01 to 0.03",
         "<code>f1</code>", "<code>g2</code>",
-        "proponent</b> more training on this document lowers", "mlp.dense_4h_to_h", "random documents",
+        "proponent</b> more training on this document lowers", "mlp.<wbr>dense_<wbr>4h_<wbr>to_<wbr>h",
+        "random documents",
     ):  # fmt: skip
         assert text in page, text
     for row in attribution.table.to_pylist():
@@ -174,10 +211,10 @@ def test_grid_sums_and_orders_layers() -> None:
 
 def test_distribution_places_scores_in_order() -> None:
     sample = np.random.default_rng(0).normal(0, 1, 200).astype(np.float32)
-    plot = charts.distribution(sample, np.asarray([5.0, 900.0, -3.0], np.float32))
+    plot = charts.distribution(sample, np.asarray([5.0, 900.0, -3.0], np.float32), np.asarray([4.0], np.float32))
     assert plot is not None
     assert 0 < plot.opponents[0] < plot.zero < plot.proponents[0] < plot.proponents[1] < charts.WIDTH
     positions = [x for x, _ in plot.ticks]
     assert "0" in [label for _, label in plot.ticks]
     assert min(np.diff(positions)) > 40
-    assert charts.distribution(np.zeros(0, np.float32), np.zeros(0, np.float32)) is None
+    assert charts.distribution(*[np.zeros(0, np.float32)] * 3) is None

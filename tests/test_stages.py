@@ -34,13 +34,13 @@ def test_queries_stream_through_a_small_budget(config: Config) -> None:
     queries = with_budget(config, 8.0).held_out()
     assert queries is not None
     roomy, tight = (with_budget(config, budget) for budget in (8.0, 2e-5))
-    assert len(list(roomy.query_gradients(queries.sequences))) == 1
-    blocks = [(rows.stop - rows.start, len(some)) for rows, some in tight.query_gradients(queries.sequences)]
+    assert len(list(roomy.query_gradients(queries))) == 1
+    blocks = [(rows.stop - rows.start, len(some)) for rows, some in tight.query_gradients(queries)]
     assert len(blocks) > len(queries) > max(rows for rows, _ in blocks)
     documents = [json.loads(line) for line in (config.workspace.parent / "documents.jsonl").read_text().splitlines()]
     asked = Path(config.queries or "")
     np.testing.assert_allclose(tight.score(asked, documents), roomy.score(asked, documents), rtol=1e-4, atol=1e-4)
-    sketches = [pipeline.query_sketches(queries.sequences) for pipeline in (tight, roomy)]
+    sketches = [pipeline.query_sketches(queries) for pipeline in (tight, roomy)]
     np.testing.assert_allclose(*sketches, rtol=1e-4, atol=1e-5)
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from msif_core import corpus, storage
-from msif_core.answering import SCHEMAS
+from msif_core.answer_tables import SCHEMAS
 
 MAPS = [
     f"gpt_neox.layers.{layer}.{kind}"
@@ -72,11 +72,16 @@ def write_attribution(root: Path, run_id: str, documents: list[str], seed: int =
     rows: dict[str, list[tuple[object, ...]]] = {name: [] for name in SCHEMAS}
     for query_id, prompt, completion in QUERIES:
         metadata = json.dumps({"source": "wordnet"})
-        rows["queries.parquet"].append((run_id, query_id, prompt, completion, float(rng.uniform(5, 30)), metadata))
+        contrast = "A wild duck." if query_id == "q-001" else None
+        asked = (prompt, completion, float(rng.uniform(5, 30)), metadata, query_id == "q-000", contrast, [])
+        rows["queries.parquet"].append((run_id, query_id, *asked))
         for name in documents[10:50]:
             rows["samples.parquet"].append((run_id, query_id, name, float(rng.normal(0, 0.5))))
         if not completion:
             continue
+        for i, name in enumerate(documents[:30]):
+            values = (run_id, query_id, name, float(rng.normal(1, 1)), ("gradient", "bm25", "both")[i % 3])
+            rows["candidates.parquet"].append(values)
         chosen = rng.choice(documents[:20], 8, replace=False)
         scores = np.concatenate([np.sort(rng.gamma(2, 2, 6))[::-1], [-1.5, -0.5]])
         for i, (name, score) in enumerate(zip(chosen, scores, strict=True)):
@@ -94,6 +99,7 @@ def write_attribution(root: Path, run_id: str, documents: list[str], seed: int =
                 side,
                 found,
                 0 if i == 2 else i,
+                39 if str(name) in documents[10:50] else 40,
             )
             rows["influences.parquet"].append(values)
             parts = rng.dirichlet(np.ones(len(MAPS))) * score
@@ -105,8 +111,11 @@ def write_attribution(root: Path, run_id: str, documents: list[str], seed: int =
             for position, value in enumerate(noise):
                 token = "<script>" if position == 5 else " " + str(rng.choice(WORDS))
                 rows["tokens.parquet"].append((run_id, query_id, str(name), position, token, float(value), "document"))
-            for position, token in enumerate(completion.split()):
-                rows["tokens.parquet"].append((run_id, query_id, str(name), position, " " + token, score / 4, "query"))
+            for side, words in (("query", completion), ("contrast", contrast or "")):
+                for position, token in enumerate(words.split()):
+                    part = score / 4 if side == "query" else -score / 8
+                    values = (run_id, query_id, str(name), position, " " + token, part, side)
+                    rows["tokens.parquet"].append(values)
     folder = root / "attributions" / run_id
     for name, schema in SCHEMAS.items():
         columns = list(zip(*rows[name], strict=True)) or [[] for _ in schema]

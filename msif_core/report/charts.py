@@ -47,14 +47,21 @@ def token_spans(heat: Heatmap) -> Markup:
     return Markup("").join(parts)
 
 
+def strongest_tokens(heat: Heatmap, count: int = 5) -> list[tuple[str, float]]:
+    """The tokens that carry most, of either sign, with their parts: what the colours say in words."""
+    order = np.argsort(-np.abs(heat.scores), kind="stable")[:count]
+    return [(heat.tokens[i].strip() or "␣", float(heat.scores[i])) for i in order if heat.scores[i]]
+
+
 @dataclass(frozen=True)
 class Grid:
-    """Contributions by layer (rows) and kind of map (columns); the last column is the layer's sum."""
+    """Contributions by layer (rows) and kind of map (columns), with the sums of both."""
 
     kinds: list[str]
     layers: list[str]
     cells: list[list[float | None]]
     sums: list[float]
+    kind_sums: list[float]
 
     @property
     def strongest(self) -> float:
@@ -63,8 +70,13 @@ class Grid:
 
     @property
     def strongest_sum(self) -> float:
-        """Largest magnitude of a layer's sum."""
-        return max(map(abs, self.sums), default=0.0)
+        """Largest magnitude of a layer's or a kind's sum."""
+        return max(map(abs, self.sums + self.kind_sums), default=0.0)
+
+    @property
+    def total(self) -> float:
+        """The whole score."""
+        return sum(self.sums)
 
 
 def split_name(name: str) -> tuple[int | None, str]:
@@ -84,7 +96,8 @@ def grid(names: Sequence[str], scores: Sequence[float]) -> Grid:
     layers = sorted({layer for layer, _ in values}, key=lambda layer: (layer < 0, layer))
     cells = [[values.get((layer, kind)) for kind in kinds] for layer in layers]
     sums = [sum(v for v in row if v is not None) for row in cells]
-    return Grid(kinds, ["other" if layer < 0 else str(layer) for layer in layers], cells, sums)
+    kind_sums = [sum(v for v in column if v is not None) for column in zip(*cells, strict=True)]
+    return Grid(kinds, ["other" if layer < 0 else str(layer) for layer in layers], cells, sums, kind_sums)
 
 
 @dataclass(frozen=True)
@@ -94,19 +107,19 @@ class Distribution:
     bars: list[tuple[float, float, float]]
     proponents: list[float]
     opponents: list[float]
+    candidates: list[float]
     ticks: list[tuple[float, str]]
     zero: float
 
 
-WIDTH, HEIGHT = 640.0, 70.0
+WIDTH, HEIGHT = 640.0, 96.0
 BINS = 48
 
 
-def distribution(sample: FloatArray, ranked: FloatArray) -> Distribution | None:
-    """Histogram of the random sample with the ranked documents' scores; None without either."""
-    sample = sample[np.isfinite(sample)]
-    ranked = ranked[np.isfinite(ranked)]
-    values = np.concatenate([sample, ranked]).astype(np.float64)
+def distribution(sample: FloatArray, ranked: FloatArray, candidates: FloatArray) -> Distribution | None:
+    """Histogram of the random sample with the scores of ranked documents and of all candidates; None without any."""
+    sample, ranked, candidates = (part[np.isfinite(part)] for part in (sample, ranked, candidates))
+    values = np.concatenate([sample, ranked, candidates]).astype(np.float64)
     if len(values) == 0 or not np.abs(values).max():
         return None
     unit = float(np.median(np.abs(sample))) if len(sample) else 0.0
@@ -125,7 +138,8 @@ def distribution(sample: FloatArray, ranked: FloatArray) -> Distribution | None:
     ticks: list[tuple[float, str]] = [(x(0), "0")]
     for value in sorted([*powers, *(-p for p in powers)], key=abs, reverse=True):
         at = x(value)
-        if 12 < at < WIDTH - 12 and all(abs(at - other) > 52 for other, _ in ticks):
+        if 36 < at < WIDTH - 36 and all(abs(at - other) > 52 for other, _ in ticks):
             ticks.append((at, f"{value:+,g}".replace("-", "−")))
     marks = [(x(float(v)), v > 0) for v in ranked]
-    return Distribution(bars, [m for m, up in marks if up], [m for m, up in marks if not up], sorted(ticks), x(0))
+    rug = sorted({round(x(float(v)), 1) for v in candidates})
+    return Distribution(bars, [m for m, up in marks if up], [m for m, up in marks if not up], rug, sorted(ticks), x(0))

@@ -25,7 +25,7 @@
   const moveDocument = (by) => {
     const section = current();
     if (!section) return;
-    const items = [...section.querySelectorAll("li.document summary")];
+    const items = [...section.querySelectorAll("li.document summary")].filter((item) => item.checkVisibility());
     const next = step(items, document.activeElement, by);
     if (next) show(next, next);
   };
@@ -44,6 +44,10 @@
       j: () => moveQuery(1), k: () => moveQuery(-1),
       n: () => moveDocument(1), p: () => moveDocument(-1),
       x: toggleAll, "/": () => find.focus(),
+      // Arrows scroll the page, unless a document of the ranking has the focus.
+      ...(document.activeElement.matches("li.document summary") && {
+        ArrowDown: () => moveDocument(1), ArrowUp: () => moveDocument(-1),
+      }),
     }[event.key];
     if (act) {
       event.preventDefault();

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
-from msif_core.attribution import Attribution, Document
+from msif_core.attribution import SIDES, Attribution, Document
 from msif_core.report import charts
 
 TEMPLATES = Path(__file__).parent
@@ -20,16 +21,26 @@ SNIPPET = 180
 
 
 @dataclass(frozen=True)
+class Heat:
+    """One side's parts of a score: tokens as coloured spans, and the strongest of them in words."""
+
+    side: str
+    spans: Markup
+    strongest: list[tuple[str, float]]
+    parts: list[tuple[str, float]]
+
+
+@dataclass(frozen=True)
 class RankedDocument:
-    """One row of a query's ranking."""
+    """One row of a query's ranking, its near-duplicates folded under it."""
 
     row: dict[str, Any]
     document: Document
     width: float
-    tokens: Markup | None
-    query_tokens: Markup | None
+    tokens: Heat | None
+    query_side: list[Heat]
     grid: charts.Grid
-    duplicate_of: int | None
+    duplicates: list[RankedDocument] = field(default_factory=list)
 
     @property
     def snippet(self) -> str:
@@ -53,8 +64,11 @@ class QueryView:
 
     number: int
     row: dict[str, Any]
+    members: list[tuple[int, str]]
     proponents: list[RankedDocument]
     opponents: list[RankedDocument]
+    n_ranked: tuple[int, int]
+    n_candidates: int
     grid: charts.Grid
     distribution: charts.Distribution | None
     n_sample: int
@@ -62,7 +76,9 @@ class QueryView:
 
     @property
     def label(self) -> str:
-        """The prompt on one line, without the headings of an instruction template."""
+        """The prompt on one line, without the headings of an instruction template; a set's name."""
+        if self.members:
+            return f"Set {self.row['query_id']} ({len(self.members)} queries)"
         lines = [line for line in self.row["prompt"].splitlines() if not line.lstrip().startswith("###")]
         return " ".join(" ".join(lines).split()) or str(self.row["query_id"])
 
@@ -81,7 +97,7 @@ def render(attribution: Attribution) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": charts.number, "level": charts.level}
+    environment.filters |= {"number": charts.number, "level": charts.level, "breakable": breakable}
     manifest = attribution.manifest
     settings = manifest.get("settings", {})
     return environment.get_template("page.html.j2").render(
@@ -99,6 +115,11 @@ def render(attribution: Attribution) -> str:
         chart_width=charts.WIDTH,
         chart_height=charts.HEIGHT,
     )
+
+
+def breakable(name: str) -> Markup:
+    """A map's name that may be broken after a dot or an underscore."""
+    return Markup(re.sub(r"([._])", r"\1<wbr>", str(escape(name))))
 
 
 def level_ranges(manifest: dict[str, Any]) -> dict[str, str]:
@@ -121,10 +142,12 @@ def recall_rows(recall: dict[str, Any]) -> list[tuple[str, float]]:
 
 def query_views(attribution: Attribution) -> list[QueryView]:
     """All queries in their order."""
-    parts = [_by_query(t) for t in (attribution.table, attribution.layers, attribution.samples)]
+    tables = (attribution.table, attribution.layers, attribution.samples, attribution.candidates)
+    parts = [_by_query(table) for table in tables]
+    numbers = {name: number for number, name in enumerate(attribution.query_ids, 1)}
     return [
-        _query_view(attribution, number, row, *(part.get(row["query_id"], []) for part in parts))
-        for number, row in enumerate(attribution.queries.to_pylist(), 1)
+        _query_view(attribution, numbers, row, *(part.get(row["query_id"], []) for part in parts))
+        for row in attribution.queries.to_pylist()
     ]
 
 
@@ -137,53 +160,66 @@ def _by_query(table: Any) -> dict[str, list[dict[str, Any]]]:
 
 def _query_view(
     attribution: Attribution,
-    number: int,
+    numbers: dict[str, int],
     row: dict[str, Any],
     influences: list[dict[str, Any]],
     layers: list[dict[str, Any]],
     samples: list[dict[str, Any]],
+    candidates: list[dict[str, Any]],
 ) -> QueryView:
     maps: dict[str, list[tuple[str, float]]] = defaultdict(list)
     for cell in layers:
         maps[cell["document_id"]].append((cell["map"], cell["score"]))
     influences = sorted(influences, key=lambda r: (r["side"] != "proponent", r["rank"]))
     strongest = max((abs(r["score"]) for r in influences), default=0.0) or 1.0
-    first_of_group: dict[int, int] = {}
     shown = []
     for influence in influences:
         name = influence["document_id"]
-        first = first_of_group.setdefault(influence["duplicate_group"], influence["rank"])
         shown.append(
             RankedDocument(
                 influence,
                 attribution.documents[name],
                 100 * abs(influence["score"]) / strongest,
-                _tokens(attribution, row["query_id"], name, "document"),
-                _tokens(attribution, row["query_id"], name, "query"),
+                _heat(attribution, row["query_id"], name, "document"),
+                [h for side in SIDES if (h := _heat(attribution, row["query_id"], name, side)) is not None],
                 charts.grid([m for m, _ in maps[name]], [s for _, s in maps[name]]),
-                first if first != influence["rank"] and influence["side"] == "proponent" else None,
             )
         )
-    proponents = [d for d in shown if d.row["side"] == "proponent"]
+    proponents, opponents = ([d for d in shown if d.row["side"] == side] for side in ("proponent", "opponent"))
     support = [pair for d in proponents for pair in maps[d.row["document_id"]]]
     sample = np.asarray([s["score"] for s in samples], dtype=np.float32)
-    scores = np.asarray([r["score"] for r in influences], dtype=np.float32)
+    scores, found = (np.asarray([r["score"] for r in rows], dtype=np.float32) for rows in (influences, candidates))
     return QueryView(
-        number,
+        numbers[row["query_id"]],
         row,
-        proponents,
-        [d for d in shown if d.row["side"] == "opponent"],
+        [(numbers[name], name) for name in row["members"] or []],
+        _folded(proponents),
+        _folded(opponents),
+        (len(proponents), len(opponents)),
+        len(candidates),
         charts.grid([m for m, _ in support], [s for _, s in support]),
-        charts.distribution(sample, scores),
+        charts.distribution(sample, scores, found),
         len(sample),
         _sources(proponents),
     )
 
 
-def _tokens(attribution: Attribution, query: str, document: str, side: str) -> Markup | None:
+def _folded(ranked: list[RankedDocument]) -> list[RankedDocument]:
+    """The ranking with each near-duplicate moved under the first of its group."""
+    first: dict[int, RankedDocument] = {}
+    kept: list[RankedDocument] = []
+    for d in ranked:
+        head = first.setdefault(d.row["duplicate_group"], d)
+        (kept if head is d else head.duplicates).append(d)
+    return kept
+
+
+def _heat(attribution: Attribution, query: str, document: str, side: str) -> Heat | None:
     if not attribution.has_heatmap(query, document, side):
         return None
-    return charts.token_spans(attribution.heatmap(query, document, side))
+    heat = attribution.heatmap(query, document, side)
+    parts = list(zip(heat.tokens, map(float, heat.scores), strict=True)) if side == "member" else []
+    return Heat(side, charts.token_spans(heat), charts.strongest_tokens(heat), parts)
 
 
 def _sources(proponents: list[RankedDocument]) -> list[Source]:

@@ -90,6 +90,10 @@ def test_three_stages_of_any_filters_equal_matrix_functions(top: SpectralFilter,
     assert rotated is not None
     root = bottom.attributed(factors[0].eigenvalues).sqrt()
     torch.testing.assert_close(factors[0].unrotate(root * (root * rotated)), found)
+    W = torch.randn(4, 2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(10))
+    back = chain.filter_back("w", W)
+    assert back is not None
+    torch.testing.assert_close(found.flatten(1) @ W.flatten(1).mT, V.flatten(1) @ back.flatten(1).mT)
     again = chain.filter("w", V)
     assert again is not None
     assert torch.equal(again, found)  # nothing is changed in place: the damping does not grow

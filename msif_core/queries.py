@@ -1,0 +1,164 @@
+"""Queries: what is asked, and the measurement that is explained, a weighted sum of sequences' losses.
+
+A query's own sequence has weight 1. A contrast adds the other completion's sequence with weight -1. A set adds
+one more query, the mean of its members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from msif_core import corpus, records, storage
+from msif_core.batching import IGNORED, Sequences
+from msif_core.errors import InputError
+from msif_core.records import Record
+
+Complete = Callable[[list[list[int]]], list[list[int]]]
+"""The model's own continuations of prompts, in tokens."""
+
+Measurement = Mapping[int, float]
+"""Rows of sequences to the weights of their losses."""
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Queries column by column, and the sequences that their measurements weigh.
+
+    Attributes:
+        sequences: one of each record in their order, then those of the contrasts; `document_ids` are the queries'.
+        contrasts: the completion that the query's own is compared with, None without one.
+        generated: whether the model gave the completion.
+        members: of a set, the ids of its queries; empty for a query of its own.
+        texts: all the words of a query, for a lexical search.
+    """
+
+    ids: list[str]
+    prompts: list[str]
+    completions: list[str]
+    sequences: Sequences
+    metadata: list[dict[str, Any]]
+    measurements: list[Measurement]
+    contrasts: list[str | None]
+    generated: list[bool]
+    members: list[list[str]]
+    texts: list[str]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what is measured: the sequences and their weights."""
+        return storage.fingerprint(self.sequences.fingerprints, self.measurements)
+
+    def take(self, rows: Sequence[int] | npt.NDArray[np.integer]) -> Queries:
+        """The queries at `rows`, with the sequences that they need."""
+        kept = [int(row) for row in rows]
+        used = sorted({sequence for row in kept for sequence in self.measurements[row]})
+        place = {sequence: i for i, sequence in enumerate(used)}
+        return Queries(
+            [self.ids[r] for r in kept], [self.prompts[r] for r in kept], [self.completions[r] for r in kept],
+            self.sequences.take(used), [self.metadata[r] for r in kept],
+            [{place[s]: w for s, w in self.measurements[r].items()} for r in kept],
+            [self.contrasts[r] for r in kept], [self.generated[r] for r in kept],
+            [self.members[r] for r in kept], [self.texts[r] for r in kept],
+        )  # fmt: skip
+
+
+def load_queries(
+    source: Path | Sequence[Record], tokenizer: Any, max_length: int, task: str, complete: Complete | None = None
+) -> Queries:
+    """Queries of a jsonl file or of a list of records, in their order, and after them the sets that they name.
+
+    A prompt without a completion is continued by `complete`, and that answer is explained.
+
+    Raises:
+        InputError: a record is malformed, there is none, or one takes more than a window.
+    """
+    found = records.read_list(source, records.query_problem_of)
+    if not found:
+        raise InputError(f"{source}: no query in it")
+    generated = [records.lacks_completion(record) for record in found]
+    found = _completed(found, generated, tokenizer, max_length, complete)
+    compared = [row for row, record in enumerate(found) if record.get("contrast") is not None]
+    sequences = _one_window_each(found + [_contrast_of(found[row]) for row in compared], tokenizer, max_length, task)
+    measurements: list[Measurement] = [{row: 1.0} for row in range(len(found))]
+    for i, row in enumerate(compared):
+        measurements[row] = {row: 1.0, len(found) + i: -1.0}
+    sets = _sets(found)
+    for rows in sets.values():
+        measurements.append({s: w / len(rows) for row in rows for s, w in measurements[row].items()})
+    ids, nothing = [str(r["id"]) for r in found], [""] * len(sets)
+    texts = [" ".join(str(r.get(key) or "") for key in ("prompt", "completion", "text", "contrast")) for r in found]
+    return Queries(
+        ids + list(sets),
+        [str(r.get("prompt", "")) for r in found] + nothing,
+        [str(r.get("completion", r.get("text", ""))) for r in found] + nothing,
+        sequences,
+        [records.metadata_of(r, records.QUERY_FIELDS) for r in found] + [{} for _ in sets],
+        measurements,
+        [str(r["contrast"]) if r.get("contrast") is not None else None for r in found] + [None for _ in sets],
+        generated + [False for _ in sets],
+        [[] for _ in found] + [[ids[row] for row in rows] for rows in sets.values()],
+        texts + [" ".join(texts[row] for row in rows) for rows in sets.values()],
+    )
+
+
+def _sets(found: list[Record]) -> dict[str, list[int]]:
+    """The rows of each set that the records' `set` fields name, in order of first mention."""
+    sets: dict[str, list[int]] = {}
+    for row, record in enumerate(found):
+        named = record.get("set") or []
+        for name in [named] if isinstance(named, str) else dict.fromkeys(named):
+            sets.setdefault(name, []).append(row)
+    taken = sets.keys() & {r["id"] for r in found}
+    if taken:
+        raise InputError(f"set {min(taken)!r} has the name of a query; give it another, it gets an answer of its own")
+    return sets
+
+
+def _contrast_of(record: Record) -> Record:
+    """The same question with the other completion (of a classification: the other label)."""
+    kept = {key: value for key, value in record.items() if key not in ("input_ids", "labels")}
+    return kept | {"completion" if "prompt" in record else "label": record["contrast"]}
+
+
+def _completed(
+    found: list[Record], generated: list[bool], tokenizer: Any, max_length: int, complete: Complete | None
+) -> list[Record]:
+    """The records, those to be generated with the model's own tokens as their targets."""
+    rows = [row for row, alone in enumerate(generated) if alone]
+    if not rows:
+        return found
+    if tokenizer is None or complete is None:
+        raise InputError(
+            f"query {found[rows[0]]['id']!r} has no completion, and without a language model and its tokenizer none "
+            "can be generated; give it a completion"
+        )
+    prompts = [tokenizer(found[row]["prompt"], add_special_tokens=False)["input_ids"] for row in rows]
+    found = list(found)
+    for row, prompt, answer in zip(rows, prompts, complete(prompts), strict=True):
+        prompt = prompt[max(0, len(prompt) + len(answer) - max_length) :]
+        found[row] = found[row] | {
+            "completion": tokenizer.decode(answer, skip_special_tokens=True),
+            "input_ids": prompt + answer,
+            "labels": [IGNORED] * len(prompt) + answer,
+        }
+    return found
+
+
+def _one_window_each(found: list[Record], tokenizer: Any, max_length: int, task: str) -> Sequences:
+    sequences, rows = corpus.encode_list(found, tokenizer, max_length, task)
+    counts = np.bincount(rows, minlength=len(found))
+    for record, count in zip(found, counts, strict=True):
+        if count == 0:
+            raise InputError(f"query {record['id']!r} has no token whose loss could be explained; give it more text")
+        if count > 1:
+            raise InputError(f"query {record['id']!r} does not fit one window of {max_length} tokens; shorten it")
+    return sequences

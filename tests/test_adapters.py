@@ -1,0 +1,92 @@
+"""PEFT adapters: refused by name, or merged on request."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from msif_core.config import Stage
+from msif_core.errors import InputError
+from msif_core.models import load_model, model_fingerprint
+from tests.conftest import make_model
+
+RANK, ALPHA = 2, 6
+MAP = "gpt_neox.layers.1.mlp.dense_h_to_4h"
+HAS_PEFT = importlib.util.find_spec("peft") is not None
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    make_model("gpt_neox", dtype=torch.float32).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def adapter(base: Path) -> Path:
+    """A LoRA adapter of one map, written by hand in PEFT's format."""
+    folder = base.parent / "adapter"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(RANK, 8, generator=generator), torch.randn(12, RANK, generator=generator)
+    prefix = f"base_model.model.{MAP}"
+    save_file({f"{prefix}.lora_A.weight": A, f"{prefix}.lora_B.weight": B}, folder / "adapter_model.safetensors")
+    settings = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": RANK,
+        "lora_alpha": ALPHA, "target_modules": [MAP], "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_an_adapter_is_refused_with_what_to_do(adapter: Path, base: Path) -> None:
+    with pytest.raises(InputError) as error:
+        load_model(str(adapter))
+    assert str(error.value) == (
+        f"{adapter}: a PEFT adapter of {base}, not a whole model; set `adapter: merge` on its stage, or merge it "
+        "yourself (merge_and_unload) and name the saved folder"
+    )
+    assert Stage(name="s", model="m", documents="d").adapter == "refuse"
+
+
+def test_a_pickled_adapter_is_refused(adapter: Path) -> None:
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(InputError, match=r"no adapter_model\.safetensors; save it in that format"):
+        load_model(str(adapter), adapter="merge")
+
+
+@pytest.mark.skipif(HAS_PEFT, reason="peft is installed: adapters can be merged")
+def test_without_peft_a_merge_says_what_to_install(adapter: Path) -> None:
+    with pytest.raises(InputError, match=r"peft is needed; pip install 'msif\[adapters\]'"):
+        load_model(str(adapter), adapter="merge")
+
+
+@pytest.mark.skipif(not HAS_PEFT, reason="peft is not installed")
+def test_a_merged_adapter_adds_its_product_to_the_base(adapter: Path, base: Path) -> None:
+    from safetensors.torch import load_file
+
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    A, B = (tensors[f"base_model.model.{MAP}.lora_{x}.weight"] for x in "AB")
+    merged, plain = load_model(str(adapter), adapter="merge"), load_model(str(base))
+    assert set(dict(merged.named_modules())) == set(dict(plain.named_modules()))
+    for name, weight in plain.named_parameters():
+        expected = weight + ALPHA / RANK * B @ A if name == f"{MAP}.weight" else weight
+        torch.testing.assert_close(merged.get_parameter(name), expected)
+
+
+def test_the_fingerprint_is_that_of_adapter_and_base(adapter: Path, base: Path) -> None:
+    whole, seen = model_fingerprint(str(base)), set()
+    seen.add(model_fingerprint(str(adapter)))
+    model_fingerprint.cache_clear()
+    (base / "config.json").write_text((base / "config.json").read_text() + "\n")
+    assert model_fingerprint(str(base)) != whole
+    seen.add(model_fingerprint(str(adapter)))
+    model_fingerprint.cache_clear()
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 1}))
+    seen.add(model_fingerprint(str(adapter)))
+    assert len(seen) == 3
