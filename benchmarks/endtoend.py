@@ -22,7 +22,7 @@ from benchmarks import tables, workspace
 from msif_core.pipeline import Pipeline
 
 WARM, COLD = 5, 3
-RERANK = ("score_sequences", "contributions")
+RERANK = ("score_sequences", "contributions", "query_contributions")
 """Functions that run the re-rank's forward and backward passes."""
 
 

@@ -44,8 +44,8 @@ class Real:
         assert queries is not None, "the workspace has held-out queries"
         shards = [corpus.read_shard(path) for path in pipeline.shards(pipeline.target)]
         self.phi = np.concatenate([pipeline.document_sketches(s) for s in shards])
-        self.psi = pipeline.query_sketches(queries.sequences)
-        self.scores = np.concatenate([pipeline.scores(queries.sequences, s) for s in shards], axis=1)
+        self.psi = pipeline.query_sketches(queries)
+        self.scores = np.concatenate([pipeline.scores(queries, s) for s in shards], axis=1)
 
 
 class Resampled:

@@ -105,8 +105,22 @@ def _added(run: Pass, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> A
     return sums
 
 
+def _measured(run: Pass, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """Gradients of weighted sums of sequences by map, added over the ranks."""
+    count = len(next(a for a in arguments if isinstance(a, Sequences)))
+    terms = keywords.get("measurements") or [{row: 1.0} for row in range(count)]
+    arguments, rows = _shared(arguments)
+    at = {row: i for i, row in enumerate(rows) if row >= 0}
+    mine = [{at[row]: weight for row, weight in term.items() if row in at} for term in terms]
+    mine[0].setdefault(0, 0.0)  # a rank without a term takes part too
+    found = run(*arguments, **{**keywords, "measurements": mine})
+    for name in sorted(found):
+        dist.all_reduce(found[name])
+    return found
+
+
 def _gathered(axis: int) -> Callable[[Pass, tuple[Any, ...], dict[str, Any]], Any]:
-    """Rows of an array, or of arrays by name, put in the order of the sequences on rank 0."""
+    """Rows of an array, put in the order of the sequences on rank 0."""
 
     def gather(run: Pass, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         count = len(next(a for a in arguments if isinstance(a, Sequences)))
@@ -116,9 +130,6 @@ def _gathered(axis: int) -> Callable[[Pass, tuple[Any, ...], dict[str, Any]], An
         dist.gather_object((rows, found), everyone)
         if everyone is None:
             return None
-        if isinstance(found, dict):
-            names = {name: _put([(r, f[name]) for r, f in everyone], axis, count) for name in found}
-            return {name: torch.from_numpy(value).to(found[name].device) for name, value in names.items()}
         return _put(everyone, axis, count)
 
     return gather
@@ -126,7 +137,7 @@ def _gathered(axis: int) -> Callable[[Pass, tuple[Any, ...], dict[str, Any]], An
 
 def _put(parts: list[tuple[list[int], Any]], axis: int, count: int) -> np.ndarray:
     rows = np.concatenate([r for r, _ in parts]).astype(np.int64)
-    joined = np.concatenate([f.cpu().numpy() if isinstance(f, torch.Tensor) else f for _, f in parts], axis=axis)
+    joined = np.concatenate([f for _, f in parts], axis=axis)
     order = np.argsort(rows, kind="stable")[(rows < 0).sum() :]
     assert len(order) == count, "every sequence has one row"
     return np.ascontiguousarray(np.take(joined, order, axis=axis))
@@ -143,7 +154,7 @@ PASSES: dict[str, tuple[Any, Callable[[Pass, tuple[Any, ...], dict[str, Any]], A
     "covariance_sums": (fit, _added),
     "eigenvalue_sums": (fit, _added),
     "finite_sequences": (fit, _gathered(0)),
-    "query_gradients": (scoring, _gathered(0)),
+    "query_gradients": (scoring, _measured),
     "score_sequences": (scoring, _gathered(1)),
     "documents": (Sketcher, _gathered(0)),
 }

@@ -75,6 +75,8 @@ def test_two_ranks_fit_sketch_and_score_as_one_process(tmp_path: Path) -> None:
     found, expected = (np.load(str(path)) for path in both("exact_shard", 0))
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * float(np.abs(expected).max()))
     both("train_index")
-    psi = one.query_sketches(one.held_out().sequences)  # type: ignore[union-attr]
+    held_out = one.held_out()
+    assert held_out is not None
+    psi = one.query_sketches(held_out)
     results = [index.Index([Path(str(path))], one.config.index).search(psi, 10) for path in both("index_shard", 0)]
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-3, atol=1e-4 * float(np.abs(results[1][0]).max()))
