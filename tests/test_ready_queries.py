@@ -9,6 +9,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def attribution(tmp_path_factory: pytest.TempPathFactory) -> Attribution:
     pipeline = Pipeline.from_config(config)
     pipeline.run()
     pipeline.attribute(folder / "queries.jsonl")  # an older run: the ready queries look at the newest
+    time.sleep(1)  # a run's time is in seconds
     found = pipeline.attribute(folder / "queries.jsonl")
     pipeline.publish_catalog()
     return found
