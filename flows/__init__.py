@@ -3,10 +3,12 @@
 import os
 
 
-def silence_telemetry() -> None:
-    """Turn Prefect's telemetry off for this process and its children, unless the user has set it.
+def prefect_defaults() -> None:
+    """Settings of Prefect for this process and its children, where the user has set none.
 
-    Prefect reads some of it when it is imported, so this comes first.
+    Telemetry is off, and a run sends heartbeats, so that a killed one is found out. Prefect reads some of it when it
+    is imported, so this comes first.
     """
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")

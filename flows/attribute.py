@@ -1,18 +1,79 @@
 """attribute: queries in, ranked pre-training documents out."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.runtime import flow_run
 
-from msif_core.config import Config
+from flows.parameters import (
+    CandidatesFrom,
+    Completion,
+    Configuration,
+    Contrast,
+    Prompt,
+    Queries,
+    QueriesFile,
+    TopK,
+)
+from msif_core.config import Config, Query
+from msif_core.errors import InputError
 from tasks import attribution, publish
 
 
-@flow(name="attribute", flow_run_name="attribute {config.workspace}")
-def attribute(config: Config, queries: Path | list[dict[str, Any]], top_k: int = 20) -> Path:
-    """Answer the queries against the published generation; store, page, and publish to SQL."""
-    run = attribution.answer(config, queries, top_k)
+def run_name() -> str:
+    """The workspace, and the question where there is one."""
+    parameters = flow_run.parameters
+    asked = parameters["prompt"] or f"{parameters['queries_file'] or len(parameters['queries'])} queries"
+    return f"attribute {parameters['config'].workspace.name}: {' '.join(str(asked).split())[:60]}"
+
+
+@flow(name="attribute", flow_run_name=run_name)
+def attribute(
+    config: Configuration,
+    prompt: Prompt = "",
+    completion: Completion = "",
+    contrast: Contrast = "",
+    queries: Queries = [],  # noqa: B006 (never changed; a form shows it)
+    queries_file: QueriesFile = "",
+    top_k: TopK = 0,
+    candidates: CandidatesFrom = "as configured",
+) -> Path:
+    """Which documents taught the model to answer so? Type a prompt and its completion, or name a file of queries.
+
+    The documents of the attributed stage are ranked by exact multi-stage influence. The answer is stored, becomes
+    a page, and can be asked in SQL.
+    """
+    typed = [Query(id="typed", prompt=prompt, completion=completion or None, contrast=contrast or None)] * bool(prompt)
+    settings = with_retrieval(config, top_k, candidates)
+    run = attribution.answer(settings, gather([*typed, *queries], queries_file), settings.retrieval.top_k)
     attribution.write_page(run)
     publish.publish_catalog(config)
     return run
+
+
+def with_retrieval(config: Config, top_k: int, candidates: str) -> Config:
+    """The configuration with this run's choices in it."""
+    chosen: dict[str, Any] = {}
+    if top_k:
+        chosen["top_k"] = top_k
+    if candidates != "as configured":
+        chosen["candidates"] = candidates
+    return config.model_copy(update={"retrieval": config.retrieval.model_copy(update=chosen)})
+
+
+def gather(queries: Sequence[Query], file: str) -> Path | list[dict[str, Any]]:
+    """The run's queries: the file, or the typed ones as records.
+
+    Raises:
+        InputError: there is none, or both are given.
+    """
+    if file and queries:
+        raise InputError(f"queries are typed and the file {file} is named: choose one of them")
+    if file:
+        return Path(file)
+    if not queries:
+        raise InputError("nothing to explain: type a prompt, add queries, or name a file of queries (jsonl)")
+    found = [query.model_dump(exclude_none=True) for query in queries]
+    return [{**record, "id": record["id"] or f"query-{number}"} for number, record in enumerate(found, 1)]

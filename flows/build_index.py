@@ -2,39 +2,47 @@
 
 from pathlib import Path
 
-from prefect import flow, unmapped
+from prefect import flow, get_run_logger, unmapped
 
+from flows.changes import what_changed
 from flows.fit_ekfac import fit_ekfac
+from flows.parameters import Configuration
 from flows.runners import helpers, in_turn, resources, task_runner
 from flows.tokenize_corpus import tokenize_corpus
-from msif_core.config import Config
+from msif_core import generations, storage
 from msif_core.pipeline import Pipeline
-from tasks import index, publish
+from tasks import index, progress, publish
 
 
-@flow(name="build-index", flow_run_name="index {config.workspace}")
-def build_index(config: Config) -> Path:
-    """Tokenize, fit what is not fitted, sketch the shards, measure recall, publish. Idempotent."""
+@flow(name="build-index", flow_run_name="index {config.workspace.name}")
+def build_index(config: Configuration) -> Path:
+    """From documents to a published index: tokenize, fit, sketch, measure recall, publish; what stands is kept."""
     tokenize_corpus(config)
     with helpers(config):
         fit_ekfac.with_options(task_runner=task_runner(config))(config)
         return sketch_and_publish.with_options(task_runner=task_runner(config))(config)
 
 
-@flow(name="sketch-and-publish", flow_run_name="sketch {config.workspace}")
-def sketch_and_publish(config: Config) -> Path:
+@flow(name="sketch-and-publish", flow_run_name="sketch {config.workspace.name}")
+def sketch_and_publish(config: Configuration) -> Path:
     """Codes of every shard, exact scores of the held-out queries, one atomic publish."""
+    workspace = Pipeline(config).workspace
+    before = generations.manifest_of(workspace, workspace.published())
     sketch_shards(config)
     generation = index.publish_generation(config)
+    headline = what_changed(before, storage.read_json(generation / "manifest.json"), config)
+    get_run_logger().info(headline)
+    publish.summarize(config, generation, headline)
     publish.publish_catalog(config)
     return generation
 
 
-def sketch_shards(config: Config) -> None:
+def sketch_shards(config: Configuration) -> None:
     """What workers can share: codes of every shard, and exact scores of the held-out queries."""
     pipeline = Pipeline(config)
     index.train_index(config)
     with resources(config):
-        index.index_shard.map(unmapped(config), in_turn(config, len(pipeline.shards(pipeline.target)))).result()
+        shards = in_turn(config, len(pipeline.shards(pipeline.target)))
+        progress.gather("sketch", index.index_shard.map(unmapped(config), shards))
         if pipeline.held_out() is not None:
-            index.exact_shard.map(unmapped(config), pipeline.recall_shards()).result()
+            progress.gather("exact scores", index.exact_shard.map(unmapped(config), pipeline.recall_shards()))

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows import silence_telemetry
+from flows import prefect_defaults
 from msif_core.config import Config
 from msif_core.errors import InputError
 
@@ -32,7 +32,7 @@ KeepServer = Annotated[bool, typer.Option("--keep-server", help="Leave the local
 def main() -> None:
     """Entry point: a mistake of the user's is one message and exit code 2."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    silence_telemetry()
+    prefect_defaults()
     logging.disable(logging.DEBUG)
     signal.signal(signal.SIGTERM, _leave)
     try:
@@ -49,17 +49,19 @@ def _leave(signum: int, _frame: object) -> None:
 
 @contextmanager
 def orchestrated(config: Config, keep: bool) -> Iterator[None]:
-    """A server for the flows inside; prints where their runs can be watched."""
+    """A server for the flows inside; prints where their runs can be watched, and shows their steps."""
     import transformers
 
     from flows.runners import model_tasks
     from flows.server import limit_accelerator, server
+    from flows.terminal import quiet_log, steps_shown
 
     transformers.utils.logging.disable_progress_bar()
     with server(config.workspace, keep) as url:
         console.print(f"Prefect: {url.removesuffix('/api')}/runs")
         limit_accelerator(model_tasks(config))
-        yield
+        with quiet_log(), steps_shown(console):
+            yield
 
 
 @app.command()
@@ -92,7 +94,7 @@ def run(config: ConfigFile, keep_server: KeepServer = False) -> None:
 def attribute(
     config: ConfigFile,
     queries: QueriesFile,
-    top_k: Annotated[int | None, typer.Option(help="Documents in each answer.")] = None,
+    top_k: Annotated[int, typer.Option(min=0, help="Documents in each answer; 0: as the configuration says.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Also write the influences to this Parquet file.")] = None,
     keep_server: KeepServer = False,
 ) -> None:
@@ -104,7 +106,7 @@ def attribute(
 
     settings = Config.load(config)
     with orchestrated(settings, keep_server):
-        folder = flow(settings, queries, top_k or settings.retrieval.top_k)
+        folder = flow(settings, queries_file=str(queries), top_k=top_k)
     print_attribution(folder, top=5)
     if out is not None:
         pq.write_table(Attribution.open(folder).table, out)
@@ -142,15 +144,40 @@ def rebuild(
 
 
 @app.command()
-def sql(config: ConfigFile, statement: Annotated[str, typer.Argument(help="One SELECT statement.")]) -> None:
-    """Ask the catalog; read-only."""
+def sql(
+    config: ConfigFile,
+    statement: Annotated[
+        str, typer.Argument(help="One SELECT statement; without one, the ready queries are listed.")
+    ] = "",
+    ready: Annotated[str, typer.Option(help="A ready query instead of a statement, for example top_documents.")] = "",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE of a $name in the query; can be repeated.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write all rows to this .csv or .parquet file.")] = None,
+) -> None:
+    """Ask the catalog; read-only, at any time."""
+    from flows.show_rows import print_ready, print_rows, write_rows
     from msif_core import catalog
 
-    result = catalog.query(Config.load(config).workspace.resolve(), statement)
-    table = Table(*result.column_names)
-    for row in result.to_pylist():
-        table.add_row(*(str(value) for value in row.values()))
-    console.print(table)
+    known = catalog.ready_queries()
+    if ready and statement:
+        raise InputError("give a statement or --ready, not both")
+    if ready and ready not in known:
+        raise InputError(f"--ready {ready}: no such query; there are {', '.join(known)}")
+    if not (ready or statement):
+        print_ready(known, console)
+        return
+    pairs = [pair.partition("=") for pair in set_ or []]
+    if bad := [name for name, sign, _ in pairs if not sign]:
+        raise InputError(f"--set {bad[0]}: expected NAME=VALUE")
+    rows = catalog.query(
+        Config.load(config).workspace.resolve(), ready or statement, {name: value for name, _, value in pairs}
+    )
+    if out is None:
+        print_rows(rows, console)
+    else:
+        write_rows(rows, out)
+        console.print(f"{out}: {rows.num_rows:,} rows", soft_wrap=True)
 
 
 @app.command()
@@ -236,14 +263,21 @@ def prune(
 def serve(
     config: ConfigFile,
     cron: Annotated[str | None, typer.Option(help="When to rebuild, in UTC, for example '0 3 * * *'.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the machine's accelerator.")] = 1,
     keep_server: KeepServer = False,
 ) -> None:
-    """Register the deployments and run what the Prefect UI or the schedule asks for, until interrupted."""
+    """Register the deployments and run what the UI, the schedule or an event asks for, until interrupted."""
+    from flows.runners import model_tasks
     from flows.serve import serve_flows
+    from flows.server import limit_accelerator, server
 
     settings = Config.load(config)
-    with orchestrated(settings, keep_server):
-        serve_flows(settings, cron)
+    name = settings.workspace.name
+    with server(settings.workspace, keep_server) as url:
+        limit_accelerator(model_tasks(settings))
+        console.print(f"Prefect: {url.removesuffix('/api')}/deployments", soft_wrap=True)
+        console.print(f"Events that re-index: msif.corpus.updated, msif.model.updated of msif.workspace.{name}")
+        serve_flows(config, name, cron, limit)
 
 
 def print_attribution(folder: Path, top: int) -> None:
@@ -278,7 +312,7 @@ def published(config: Config) -> dict[str, Any] | None:
 
 def print_change(config: Config, before: dict[str, Any] | None, built: Path) -> None:
     """What a build did, and why."""
-    from flows.rebuild_index import what_changed
+    from flows.changes import what_changed
     from msif_core import storage
 
     change = what_changed(before, storage.read_json(built / "manifest.json"), config)

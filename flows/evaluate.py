@@ -4,7 +4,7 @@ from typing import Any
 
 from prefect import flow
 
-from msif_core.config import Config
+from flows.parameters import Configuration, TailPatchRate
 from msif_core.errors import InputError
 from tasks import evaluation
 
@@ -12,9 +12,9 @@ TAIL_PATCH_RATE = 0.02
 """Learning rate of the tail-patch step: small enough that random documents hardly move the loss."""
 
 
-@flow(name="evaluate", flow_run_name="evaluate {config.workspace}")
-def evaluate(config: Config, tail_patch_rate: float = TAIL_PATCH_RATE) -> dict[str, Any]:
-    """Fact tracing and tail-patch of every method, against the index as it stands."""
+@flow(name="evaluate", flow_run_name="evaluate {config.workspace.name}")
+def evaluate(config: Configuration, tail_patch_rate: TailPatchRate = TAIL_PATCH_RATE) -> dict[str, Any]:
+    """Influence beside gradient dot product and BM25 on the held-out queries: fact tracing, and the tail-patch."""
     if config.queries is None:
         raise InputError("`msif evaluate` needs held-out queries: set `queries` to a jsonl file with gold_doc_ids")
     return evaluation.compare_methods(config, tail_patch_rate)

@@ -2,15 +2,16 @@
 
 from prefect import flow, unmapped
 
+from flows.parameters import Configuration
 from flows.runners import in_turn, resources
 from msif_core.config import Config
 from msif_core.pipeline import Pipeline
-from tasks import curvature
+from tasks import curvature, progress
 
 
-@flow(name="fit-ekfac", flow_run_name="fit {config.workspace}")
-def fit_ekfac(config: Config) -> None:
-    """Fit every stage's factors: two passes over the parts of the sample, each added up in part order."""
+@flow(name="fit-ekfac", flow_run_name="fit {config.workspace.name}")
+def fit_ekfac(config: Configuration) -> None:
+    """Fit the curvature factors (EK-FAC) of every stage that lacks them: two passes over a sample of its sequences."""
     for stage in (stage.name for stage in config.stages):
         if not Pipeline(config).fitted(stage):
             fit_stage(config, stage)
@@ -21,8 +22,10 @@ def fit_stage(config: Config, stage: str) -> None:
     """Both passes over the parts of the sample."""
     parts = in_turn(config, len(Pipeline(config).fit_parts(stage)))
     with resources(config):
-        curvature.covariance_part.map(unmapped(config), unmapped(stage), parts).result()
+        mapped = curvature.covariance_part.map(unmapped(config), unmapped(stage), parts)
+        progress.gather(f"covariance of {stage}", mapped)
     curvature.combine_covariances(config, stage)
     with resources(config):
-        curvature.eigenvalue_part.map(unmapped(config), unmapped(stage), parts).result()
+        mapped = curvature.eigenvalue_part.map(unmapped(config), unmapped(stage), parts)
+        progress.gather(f"eigenvalues of {stage}", mapped)
     curvature.combine_eigenvalues(config, stage)

@@ -1,65 +1,20 @@
 """rebuild-index: the periodic job; new and changed documents come in, deleted ones leave."""
 
 from pathlib import Path
-from typing import Any
 
-from prefect import flow, get_run_logger
+from prefect import flow
 
 from flows.build_index import build_index
-from msif_core import generations, storage
-from msif_core.config import Config
+from flows.parameters import Configuration, Refit
 from msif_core.pipeline import Pipeline
 
 
-@flow(name="rebuild-index", flow_run_name="rebuild {config.workspace}")
-def rebuild_index(config: Config, refit: bool = False) -> Path:
-    """Rebuild with the factors pinned by the last full build; `refit` (or another model) makes a full build."""
-    workspace = Pipeline(config).workspace
-    before = generations.manifest_of(workspace, workspace.published())
+@flow(name="rebuild-index", flow_run_name="rebuild {config.workspace.name}")
+def rebuild_index(config: Configuration, refit: Refit = False) -> Path:
+    """Bring the index up to date with the documents: only what is new or changed is sketched.
+
+    The factors stay pinned by the last full build; "fit anew" (or another model) makes a full build.
+    """
     if refit:
         Pipeline(config).unpin()
-    folder = build_index(config)
-    after = storage.read_json(folder / "manifest.json")
-    get_run_logger().info(what_changed(before, after, config))
-    return folder
-
-
-def what_changed(before: dict[str, Any] | None, after: dict[str, Any], config: Config | None = None) -> str:
-    """Which case a rebuild met, why, and what it saved, from the generations' manifests."""
-    if before is not None and before["generation"] == after["generation"]:
-        return f"nothing changed: generation {after['generation']} stays published"
-    case = f"{_case(before, after)}; {saved(after['changes'])}{drifted(after.get('drift') or {})}"
-    if config is not None and (reason := generations.withheld(after, config.index)) is not None:
-        return f"{case}; {reason}" + (f", {before['generation']} stays published" if before else "")
-    return f"{case}; generation {after['generation']} " + (
-        f"replaces {before['generation']}" if before else "is published"
-    )
-
-
-def _case(before: dict[str, Any] | None, after: dict[str, Any]) -> str:
-    if before is None:
-        return "first build"
-    refitted = [name for name, factors in after["factors"].items() if before["factors"].get(name) != factors]
-    if refitted:
-        return f"full build: the model, the curvature settings or the pin of {', '.join(refitted)} changed"
-    if before["codes_key"] != after["codes_key"]:
-        return "all codes anew: the filter, the sketch or the index kind changed"
-    return "incremental, factors kept"
-
-
-def saved(changes: dict[str, dict[str, int]]) -> str:
-    """The work of a build and what it saved, in words."""
-    documents, sequences = changes["documents"], changes["sequences"]
-    return (
-        f"documents: {documents['added']:,} added, {documents['changed']:,} changed, {documents['removed']:,} removed; "
-        f"sequences: {sequences['sketched']:,} sketched, {sequences['reused']:,} reused, "
-        f"{sequences['removed']:,} removed"
-    )
-
-
-def drifted(drift: dict[str, Any]) -> str:
-    """How far the pinned factors are from the corpus, in words; nothing where it was not measured."""
-    if not drift:
-        return ""
-    difference, noise = f"{drift['difference']:.0%}", f"{drift['noise']:.0%}"
-    return f"; the pinned eigenvalues differ from today's by {difference} (sampling noise {noise})"
+    return build_index(config)

@@ -19,7 +19,7 @@ from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
-from flows import silence_telemetry
+from flows import prefect_defaults
 from msif_core import storage
 from msif_core.errors import InputError
 from tasks import ACCELERATOR
@@ -38,7 +38,7 @@ def server(workspace: Path, keep: bool = False) -> Iterator[str]:
     Raises:
         InputError: the server does not come up; names its log.
     """
-    silence_telemetry()
+    prefect_defaults()
     if url := PREFECT_API_URL.value():
         yield url
         return

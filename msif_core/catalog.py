@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ PARQUET = {
     "layers": "attributions/*/layers.parquet",
     "tokens": "attributions/*/tokens.parquet",
     "samples": "attributions/*/samples.parquet",
+    "versions": "corpus/*/documents-*.parquet",
 }
 KEPT = 3
 """Catalog files that stay: readers may still be opening an older one."""
@@ -49,7 +50,7 @@ def statements() -> dict[str, str]:
 
 def ready_queries() -> dict[str, str]:
     """The queries that come with msif, by name; each starts with a comment on what it answers."""
-    setup = ("schema_", "table_", "view_")
+    setup = ("schema_", "table_", "view_", "macro_")
     return {name: text for name, text in statements().items() if not name.startswith(setup)}
 
 
@@ -138,6 +139,8 @@ def _build(workspace: Path, path: Path) -> None:
         # `answers` reads other views, so it comes after them.
         for text in sorted(views, key=lambda text: "CREATE VIEW answers" in text):
             connection.execute(text)
+        for text in (text for name, text in sql.items() if name.startswith("macro_")):
+            connection.execute(text)
         connection.execute("CREATE TABLE columns.workspace AS SELECT ? AS root", [str(workspace)])
 
 
@@ -176,6 +179,9 @@ def _small_tables(workspace: Path) -> dict[str, list[Row]]:
         ],
         "factors": _factors_rows(workspace),
         "generations": [_generation_row(folder, m, published) for folder, m in generations],
+        "generation_shards": [
+            row for folder, m in generations for row in _generation_shard_rows(workspace, folder.name, m)
+        ],
         "recall": [row for folder, m in generations for row in _recall_rows(folder.name, m.get("recall"))],
         "runs": [_run_row(folder, manifest) for folder, manifest in _manifests(workspace / "attributions")],
     }
@@ -245,6 +251,14 @@ def _generation_row(folder: Path, manifest: Row, published: str | None) -> Row:
     }
 
 
+def _generation_shard_rows(workspace: Path, generation: str, manifest: Row) -> Iterator[Row]:
+    """Files of the corpora that a generation was built from, as far as they are kept."""
+    for stage, version in (manifest.get("corpora") or {}).items():
+        if (path := workspace / version).exists():
+            for shard in storage.read_json(path)["shards"]:
+                yield {"generation": generation, "stage": stage, "documents": shard["documents"]}
+
+
 def _recall_rows(generation: str, recall: Row | None) -> Iterator[Row]:
     for name, values in (recall or {}).items():
         if name.startswith("recall_at_") and isinstance(values, dict):
@@ -295,30 +309,37 @@ def _value(connection: duckdb.DuckDBPyConnection, sql: str) -> Any:
     return rows[0][0] if rows else None
 
 
-def query(workspace: Path, sql: str) -> pa.Table:
+def query(workspace: Path, sql: str, parameters: Mapping[str, str] | None = None) -> pa.Table:
     """Answer one SELECT statement over the current catalog.
 
-    `sql` is a statement, or the name of a ready query (see `ready_queries`).
+    `sql` is a statement, or the name of a ready query (see `ready_queries`). `parameters` are the values of
+    its $names; one that is not given is NULL.
 
     Raises:
-        InputError: not exactly one SELECT, or DuckDB rejects it; the message is DuckDB's.
+        InputError: not exactly one SELECT, a parameter that it does not have, or DuckDB rejects it; the message
+            is DuckDB's.
     """
     sql = ready_queries().get(sql.strip(), sql)
+    given = dict(parameters or {})
     with connect(workspace) as connection:
-        _check_select(connection, sql)
+        names = _check_select(connection, sql)
+        if unknown := sorted(given.keys() - names):
+            has = ", ".join(sorted(names)) or "none"
+            raise InputError(f"SQL: no parameter ${unknown[0]} in this statement; it has {has}")
         try:
-            return connection.sql(sql).to_arrow_table()
+            return connection.sql(sql, params={name: given.get(name) for name in names}).to_arrow_table()
         except duckdb.Error as error:
             raise InputError(f"SQL: {error}") from None
 
 
-def _check_select(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
-    """Refuse all but one SELECT: a read-only connection could still COPY into the workspace."""
+def _check_select(connection: duckdb.DuckDBPyConnection, sql: str) -> set[str]:
+    """Refuse all but one SELECT: a read-only connection could still COPY into the workspace; names its parameters."""
     try:
-        kinds = [statement.type for statement in connection.extract_statements(sql)]
+        found = connection.extract_statements(sql)
     except duckdb.Error as error:
         raise InputError(f"SQL: {error}") from None
-    if len(kinds) != 1:
-        raise InputError(f"SQL: expected one SELECT statement, got {len(kinds)} statements")
-    if kinds[0] != duckdb.StatementType.SELECT:
-        raise InputError(f"SQL: only SELECT statements are accepted, this is {kinds[0].name}")
+    if len(found) != 1:
+        raise InputError(f"SQL: expected one SELECT statement, got {len(found)} statements")
+    if found[0].type != duckdb.StatementType.SELECT:
+        raise InputError(f"SQL: only SELECT statements are accepted, this is {found[0].type.name}")
+    return set(found[0].named_parameters)

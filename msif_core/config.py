@@ -194,6 +194,21 @@ class RunnerSettings(Settings):
     accelerators: float = Field(0.0, ge=0, description="ray: GPUs that a task asks for.")
 
 
+class Query(BaseModel):
+    """What is asked, and the answer whose loss is explained; fields beside these are kept as metadata."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    prompt: str = Field(title="Prompt", description="What the model is asked.")
+    completion: str | None = Field(
+        None, title="Completion", description="The answer to explain; without one the model answers."
+    )
+    contrast: str | None = Field(
+        None, title="Instead of", description="Another answer: why the completion and not this one?"
+    )
+    id: str = Field("", title="Name", description="Name of the query; numbered without one.")
+
+
 class Config(Settings):
     """One YAML file: a workspace, its stages, and how each step is done."""
 

@@ -6,10 +6,11 @@ from prefect import task
 
 from msif_core.config import Config
 from msif_core.pipeline import Pipeline
-from tasks import IO
+from tasks import IO, progress
 
 
 @task(task_run_name="tokenize-{stage}", **IO)
 def tokenize(config: Config, stage: str) -> Path:
     """Write a stage's documents as shards of token sequences."""
-    return Pipeline(config).tokenize(stage)
+    with progress.whole(f"tokenize {stage}"):
+        return Pipeline(config).tokenize(stage)

@@ -6,7 +6,7 @@ from prefect import task
 
 from msif_core.config import Config
 from msif_core.pipeline import Pipeline
-from tasks import ACCELERATOR, IO, run_step
+from tasks import ACCELERATOR, IO, progress, run_step
 
 
 @task(task_run_name="covariance-{stage}-{part:05d}", tags=[ACCELERATOR], **IO)
@@ -18,7 +18,8 @@ def covariance_part(config: Config, stage: str, part: int) -> list[Path]:
 @task(task_run_name="eigenbases-{stage}", **IO)
 def combine_covariances(config: Config, stage: str) -> list[Path]:
     """Add the parts' sums and diagonalise them."""
-    return Pipeline(config).combine_covariances(stage)
+    with progress.whole(f"eigenbases of {stage}"):
+        return Pipeline(config).combine_covariances(stage)
 
 
 @task(task_run_name="eigenvalues-{stage}-{part:05d}", tags=[ACCELERATOR], **IO)

@@ -33,10 +33,15 @@ def test_views_hold_every_row(workspace: Path, view: str, rows: int) -> None:
     assert catalog.query(workspace, f"SELECT count(*) AS n FROM {view}")["n"].to_pylist() == [rows]
 
 
+ASKED_WITH_WORDS = ("search_and_influence", "what_changed")
+"""Tried with their parameters in test_ready_queries."""
+
+
 @pytest.mark.parametrize("name", catalog.ready_queries())
 def test_ready_queries_run(workspace: Path, tmp_path: Path, name: str) -> None:
     assert catalog.ready_queries()[name].startswith("-- ")
-    assert catalog.query(workspace, name).num_rows > 0
+    if name not in ASKED_WITH_WORDS:
+        assert catalog.query(workspace, name).num_rows > 0
     catalog.publish(tmp_path)
     assert catalog.query(tmp_path, catalog.ready_queries()[name]).num_rows == 0
 

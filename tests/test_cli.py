@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flows import cli
-from flows.rebuild_index import what_changed
+from flows.changes import what_changed
 from msif_core import catalog
 from msif_core.config import Config
 from msif_core.errors import InputError

@@ -184,16 +184,6 @@ class Sql:
         return list(catalog.query(self.root, statement)[name].to_pylist())
 
 
-def test_the_summary_of_a_build_says_what_it_saved(project: Path) -> None:
-    from tasks.index import summary
-
-    text = summary(manifest(Pipeline.from_config(project).run()), "recall@10 is too low")
-    assert "**Not published:** recall@10 is too low" in text
-    assert "| sequences | sketched | reused | removed |\n|---|---|---|---|\n| | 48 | 0 | 0 |" in text
-    assert "| 2.0% | 0." in text
-    assert "| all maps, 48 sequences | 1." in text
-
-
 # -- publishing ---------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,47 @@
+"""Which case a build of the index met, and what it saved, in words."""
+
+from typing import Any
+
+from msif_core import generations
+from msif_core.config import Config
+
+
+def what_changed(before: dict[str, Any] | None, after: dict[str, Any], config: Config | None = None) -> str:
+    """Which case a rebuild met, why, and what it saved, from the generations' manifests."""
+    if before is not None and before["generation"] == after["generation"]:
+        return f"nothing changed: generation {after['generation']} stays published"
+    case = f"{_case(before, after)}; {saved(after['changes'])}{drifted(after.get('drift') or {})}"
+    if config is not None and (reason := generations.withheld(after, config.index)) is not None:
+        return f"{case}; {reason}" + (f", {before['generation']} stays published" if before else "")
+    return f"{case}; generation {after['generation']} " + (
+        f"replaces {before['generation']}" if before else "is published"
+    )
+
+
+def _case(before: dict[str, Any] | None, after: dict[str, Any]) -> str:
+    if before is None:
+        return "first build"
+    refitted = [name for name, factors in after["factors"].items() if before["factors"].get(name) != factors]
+    if refitted:
+        return f"full build: the model, the curvature settings or the pin of {', '.join(refitted)} changed"
+    if before["codes_key"] != after["codes_key"]:
+        return "all codes anew: the filter, the sketch or the index kind changed"
+    return "incremental, factors kept"
+
+
+def saved(changes: dict[str, dict[str, int]]) -> str:
+    """The work of a build and what it saved, in words."""
+    documents, sequences = changes["documents"], changes["sequences"]
+    return (
+        f"documents: {documents['added']:,} added, {documents['changed']:,} changed, {documents['removed']:,} removed; "
+        f"sequences: {sequences['sketched']:,} sketched, {sequences['reused']:,} reused, "
+        f"{sequences['removed']:,} removed"
+    )
+
+
+def drifted(drift: dict[str, Any]) -> str:
+    """How far the pinned factors are from the corpus, in words; nothing where it was not measured."""
+    if not drift:
+        return ""
+    difference, noise = f"{drift['difference']:.0%}", f"{drift['noise']:.0%}"
+    return f"; the pinned eigenvalues differ from today's by {difference} (sampling noise {noise})"

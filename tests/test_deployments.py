@@ -1,0 +1,105 @@
+"""What deployments/ names exists, and the forms' parameters do what they say; the container files are only parsed."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from flows import cli
+from flows.attribute import gather, with_retrieval
+from flows.serve import deployments
+from msif_core.config import Config, Query
+from msif_core.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "deployments" / "configs" / "demo.yaml"
+
+
+def parse(name: str) -> Any:
+    return yaml.safe_load((ROOT / "deployments" / name).read_text(encoding="utf-8"))
+
+
+def test_the_same_deployments_for_a_pool_and_for_serve() -> None:
+    entries = [entry for entry in parse("prefect.yaml")["deployments"] if "parameters" in entry]
+    served = deployments(CONFIG, "demo", "0 3 * * *")
+    assert len(entries) == len(served)
+    for entry, deployment in zip(entries, served, strict=True):
+        module, function = entry["entrypoint"].split(":")
+        assert (ROOT / module).exists()
+        assert getattr(importlib.import_module(module.removesuffix(".py").replace("/", ".")), function)
+        assert entry["work_pool"]["name"] in ("cpu", "gpu")
+        assert deployment.tags == entry["tags"]
+        assert deployment.concurrency_limit == 1
+        assert bool(deployment.schedules) == ("schedules" in entry)
+    assert not any(deployment.schedules for deployment in deployments(CONFIG, "demo"))
+
+
+def test_the_compose_file_starts_what_there_is() -> None:
+    services = parse("compose.yaml")["services"]
+    assert services["database"]["image"].startswith("docker.io/library/postgres:")
+    pools = {re.search(r"--pool (\w+)", s.get("command", "")) for s in services.values()} - {None}
+    used = {entry["work_pool"]["name"] for entry in parse("prefect.yaml")["deployments"]}
+    assert {match.group(1) for match in pools if match} == used
+    assert (ROOT / services["setup"]["command"].split()[1]).exists()
+    wanted = set(re.findall(r"\{\{ \$(\w+) \}\}", (ROOT / "deployments" / "prefect.yaml").read_text()))
+    assert wanted <= set(services["setup"]["environment"])
+    for line in (ROOT / "deployments" / "Containerfile").read_text().splitlines():
+        if line.startswith("COPY "):
+            assert all((ROOT / name).exists() for name in line.split()[1:-1]), line
+
+
+def test_a_parameter_is_a_path_or_a_configuration() -> None:
+    from flows.fit_ekfac import fit_ekfac
+
+    for given in (str(CONFIG), CONFIG, Config.load(CONFIG)):
+        assert fit_ekfac.validate_parameters({"config": given})["config"] == Config.load(CONFIG)
+    with pytest.raises(Exception, match=r"nowhere\.yaml: no such configuration file"):
+        fit_ekfac.validate_parameters({"config": "nowhere.yaml"})
+
+
+def test_queries_are_typed_or_a_file() -> None:
+    typed = [Query(prompt="a", completion="b", source="x"), Query(id="own", prompt="c")]
+    assert gather(typed, "") == [
+        {"id": "query-1", "prompt": "a", "completion": "b", "source": "x"},
+        {"id": "own", "prompt": "c"},
+    ]
+    assert gather([], "q.jsonl") == Path("q.jsonl")
+    with pytest.raises(InputError, match="choose one of them"):
+        gather(typed, "q.jsonl")
+    with pytest.raises(InputError, match="nothing to explain: type a prompt"):
+        gather([], "")
+
+
+def test_a_form_overrides_the_configuration() -> None:
+    config = Config.load(CONFIG)
+    assert with_retrieval(config, 0, "as configured") == config
+    changed = with_retrieval(config, 3, "bm25").retrieval
+    assert (changed.top_k, changed.candidates) == (3, "bm25")
+
+
+def test_documented_commands_exist() -> None:
+    """Every `msif ... --option` in docs/operations.md is a command with that option."""
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    lines = re.findall(r"msif (sql|serve|prune|run|attribute)\b([^\n`#|]*)", text)
+    assert len(lines) > 6
+    for command, rest in lines:
+        shown = CliRunner().invoke(cli.app, [command, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
+        for option in re.findall(r"--[a-z-]+", rest):
+            assert option in shown, (command, option)
+    ready = re.findall(r"--ready (\w+)", text)
+    assert set(ready) <= {path.stem for path in (ROOT / "sql").glob("*.sql")}
+
+
+def test_descriptions_are_short_enough_to_read() -> None:
+    from flows.serve import deployments as served
+
+    for deployment in served(CONFIG, "demo"):
+        first = inspect.cleandoc(deployment.description or "").splitlines()[0]
+        assert 20 < len(first) <= 120

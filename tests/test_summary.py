@@ -1,0 +1,131 @@
+"""Summaries for the UI as markdown, and steps on a terminal."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.logging.handlers import PrefectConsoleHandler
+from rich.console import Console
+
+from flows.terminal import Lines, quiet_log, steps_shown
+from msif_core.attribution import Attribution
+from msif_core.errors import InputError
+from tasks import progress, summary
+from tests.workspace_fixture import RECALL, write_workspace
+
+DRIFT = {"trace": 1.1, "difference": 0.2, "noise": 0.1}
+
+
+def columns(text: str) -> list[int]:
+    """Cells of each table line; a `\\|` is no border."""
+    return [len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")]
+
+
+def test_generation(tmp_path: Path) -> None:
+    manifest: dict[str, Any] = {
+        "generation": "g2", "parent": "g1", "n_sequences": 12345, "index_bytes": 2e6, "seconds": 3.25, "recall": RECALL,
+        "factors": {"pretrain": "f1"},
+        "changes": {"documents": {"added": 3, "removed": 1}, "sequences": {"sketched": 7, "removed": 1}},
+        "drift": {"sequences": 256, **DRIFT, "maps": {"layers.0.dense": {**DRIFT, "difference": 0.5}}},
+    }  # fmt: skip
+    text = summary.generation(manifest, "incremental, factors kept", tmp_path, published=False)
+    assert "incremental, factors kept" in text
+    assert "| published | **no** |" in text
+    assert "| sequences | 12,345 |" in text
+    assert "| documents | 3 | 1 | – |" in text
+    assert "| 2.0% | 0.900 |" in text
+    assert "| all maps, 256 sequences | 1.10 | 0.20 | 0.10 |" in text
+    assert "| layers.0.dense | 1.10 | 0.50 | 0.10 |" in text
+    assert tmp_path.as_uri() in text
+    bare = summary.generation({**manifest, "changes": None, "drift": {}, "recall": {}}, "", tmp_path, True)
+    assert "What changed" not in bare
+    assert "Recall" not in bare
+
+
+def test_attribution(tmp_path: Path) -> None:
+    found = Attribution.open(write_workspace(tmp_path) / "attributions" / "20260101-000000-aaaaaa")
+    text = summary.attribution(found, tmp_path / "page.html")
+    assert "3 queries, 60 sequences scored exactly" in text
+    assert 'Define the word "periselene".' in text
+    assert "&lt;b>red water&lt;/b>" in text, "what a query says is no markup"
+    assert set(columns(text)) == {7}
+    assert text.count("| proponent | 1 |") == 2
+
+
+def test_cells_cannot_break_a_table() -> None:
+    text = summary.table(("a", "b"), [("x|y\nz", "*_#<script>"), ("left out", "")])
+    assert columns(text) == [3, 3, 3]
+    assert "<script>" not in text
+
+
+def test_plain_lines_where_there_is_no_terminal() -> None:
+    output = io.StringIO()
+    with steps_shown(Console(file=output, width=100)), progress.whole("tokenize pretrain"):
+        pass
+    assert output.getvalue() == "tokenize pretrain: done in 0 s\n"
+    lines = Lines(Console(file=output, width=100), every=0.0)
+    for done in range(3):
+        lines("sketch", done, 2)
+    assert "sketch: 1 of 2 after 0 s, about 0 s left" in output.getvalue()
+    assert output.getvalue().endswith("sketch: done in 0 s (2 of 2)\n")
+
+
+def test_bars_on_a_terminal() -> None:
+    output = io.StringIO()
+    with steps_shown(Console(file=output, width=100, force_terminal=True)):
+        for done in range(4):
+            progress._listener("exact scores", done, 3)
+    assert "exact scores" in output.getvalue()
+    assert "3/3" in output.getvalue()
+    progress._listener("nobody listens any more", 0, 1)
+    assert "nobody" not in output.getvalue()
+
+
+def test_the_terminal_hears_warnings_and_no_mistake_twice() -> None:
+    output = io.StringIO()
+    handler = PrefectConsoleHandler(stream=output)
+    logger = logging.getLogger("prefect.test_quiet")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        with quiet_log():
+            logger.info("noise")
+            logger.warning("worth saying")
+            try:
+                raise InputError("the user's mistake")
+            except InputError:
+                logger.exception("Encountered exception during execution")
+        logger.info("afterwards")
+    finally:
+        logger.removeHandler(handler)
+    assert "worth saying" in output.getvalue()
+    assert "afterwards" in output.getvalue()
+    assert not re.search("noise|mistake", output.getvalue())
+
+
+def test_gather_shows_every_result_and_stops_at_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.futures import PrefectFutureList
+
+    class Future:
+        def __init__(self, value: int) -> None:
+            self.value = value
+
+        def result(self, *_: Any, **__: Any) -> int:
+            if self.value < 0:
+                raise InputError("a bad shard")
+            return self.value
+
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(progress, "step", lambda name: lambda done, total: seen.append((done, total)))
+    monkeypatch.setattr(progress, "as_completed", iter)
+    futures: Any = PrefectFutureList([Future(3), Future(4)])
+    assert progress.gather("x", futures) == [3, 4]
+    assert seen == [(0, 2), (1, 2), (2, 2)]
+    with pytest.raises(InputError, match="a bad shard"):
+        progress.gather("x", PrefectFutureList([Future(1), Future(-1)]))  # type: ignore[list-item]
+    assert progress.gather("x", PrefectFutureList([])) == []
