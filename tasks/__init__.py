@@ -17,8 +17,8 @@ ACCELERATOR = "accelerator"
 
 
 MODEL = Lock()
-"""Held by a task while it runs a model. Threads of one process share a stage's model, and a pass is hooks on that
-model: two passes at a time would read each other's activations. Shards run side by side in separate processes."""
+"""Held by a task while it runs a model: threads of one process would load it twice and then wait for each other's
+passes. Shards run side by side in separate processes."""
 
 
 def run_step(config: Config, step: str, *arguments: str | int) -> Any:
