@@ -27,10 +27,11 @@ class LexicalIndex:
 
     @classmethod
     def build(cls, documents: list[str], texts: Sequence[str]) -> LexicalIndex:
-        """Index `texts` under the ids `documents`."""
+        """Index `texts` under the ids `documents`, by id: ties fall alike in whatever order they come."""
+        order = sorted(range(len(documents)), key=documents.__getitem__)
         bm25 = bm25s.BM25()
-        bm25.index([words(text) or [""] for text in texts], show_progress=False)
-        return cls(bm25, documents)
+        bm25.index([words(texts[row]) or [""] for row in order], show_progress=False)
+        return cls(bm25, [documents[row] for row in order])
 
     def save(self, folder: Path) -> None:
         """Write the index below `folder`."""
