@@ -53,8 +53,9 @@ def contents(root: Path) -> dict[str, Any]:
 
 
 def progress(root: Path) -> set[Path]:
-    """What a further attempt can build on."""
-    return {path for path in root.rglob("*") if path.is_file() and not left_over(str(path.relative_to(root)))}
+    """What a further attempt can build on; each attempt may number a catalog of its own."""
+    found = (path for path in root.rglob("*") if path.is_file() and path.parent.name != "catalog")
+    return {path for path in found if not left_over(str(path.relative_to(root)))}
 
 
 def check_readers(root: Path) -> None:
