@@ -179,14 +179,22 @@ def rollback(config: ConfigFile) -> None:
 def evaluate(
     config: ConfigFile,
     tail_patch_rate: Annotated[float, typer.Option(help="Learning rate of the tail-patch's single step.")] = 0.02,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Retrain all stages on subsets of the documents and compare with that.")
+    ] = False,
     keep_server: KeepServer = False,
 ) -> None:
-    """Recall, fact tracing and tail-patch on the held-out queries; influence beside dot product and BM25."""
+    """Influence beside other methods: recall, fact tracing and tail-patch on the index, or against retraining."""
     from flows.evaluate import evaluate as flow
+    from flows.retrain import retrain as ground_truth
 
     settings = Config.load(config)
     if settings.queries is None:
         raise InputError(f"{config}: set `queries` to a jsonl file of held-out queries with gold_doc_ids")
+    if retrain:
+        with orchestrated(settings, keep_server):
+            print_retraining(ground_truth(settings))
+        return
     with orchestrated(settings, keep_server):
         comparison = flow(settings, tail_patch_rate)
     print_recall(settings)
@@ -298,6 +306,11 @@ def print_recall(config: Config) -> None:
             f"Recall@10 of the exact top ten by share re-scored ({recall['queries']} held-out queries, "
             f"{recall['sequences']:,} sequences, {recall['bytes_per_sequence']:.0f} bytes each): {shares}"
         )
+
+
+def print_retraining(folder: Path) -> None:
+    """Where the ground truth lies."""
+    console.print(f"Ground truth: {folder}")
 
 
 def print_comparison(result: dict[str, Any]) -> None:
