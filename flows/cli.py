@@ -308,9 +308,25 @@ def print_recall(config: Config) -> None:
         )
 
 
-def print_retraining(folder: Path) -> None:
-    """Where the ground truth lies."""
-    console.print(f"Ground truth: {folder}")
+def print_retraining(result: dict[str, Any]) -> None:
+    """Every method against retraining, one row a method."""
+    title = f"Against retraining on {result['subsets']} subsets, {result['repeats']} of them with two seeds"
+    metrics = {(m["method"], m["metric"], m["queries"]): m for m in result["metrics"]}
+    groups = [group for group in ("all", "gold", "control") if any(key[1:] == ("lds", group) for key in metrics)]
+    columns = [("lds", group, f"LDS, {group} queries") for group in groups]
+    columns += [("mrr", "gold", "MRR"), ("recall_at_10", "gold", "gold in top 10")]
+    columns += [("tail_patch", "all", "a step on the top 10"), ("left_out", "gold", "without the top")]
+    table = Table("method", *(head for _, _, head in columns), title=title)
+    for method in dict.fromkeys(m["method"] for m in result["metrics"]):
+        cells = []
+        for metric, group, _ in columns:
+            found = metrics.get((method, metric, group)) or metrics.get((method, metric, "all"))
+            error = "" if found is None or found["error"] is None else f" ± {found['error']:.3f}"
+            cells.append("–" if found is None else f"{found['value']:.3f}{error}")
+        table.add_row(method, *cells)
+    console.print(table)
+    console.print(f"Stored: {result['folder']}")
+    console.print(f"Plot:   {result['folder']}/lds.png")
 
 
 def print_comparison(result: dict[str, Any]) -> None:

@@ -1,26 +1,31 @@
-"""retrain: the ground truth that scores are held against."""
+"""retrain: the ground truth, and every method held against it."""
 
-from pathlib import Path
 from typing import Any
 
 from prefect import flow, unmapped
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from msif_core.config import Config
+from msif_core.evaluation.judgement import left_out_runs, read_scores
 from msif_core.evaluation.retraining import Retraining
-from tasks import retraining
+from tasks import publish, retraining
 
 
 @flow(name="retrain", flow_run_name="retrain {config.workspace}")
-def retrain(config: Config) -> Path:
-    """Train every stage on each random subset of the pool; trainings that have their file are kept."""
-    runner: Any = ThreadPoolTaskRunner(max_workers=1)
-    return train_subsets.with_options(task_runner=runner)(config)
+def retrain(config: Config) -> dict[str, Any]:
+    """Train every stage on random subsets, score the pool, leave top documents out. Finished trainings are kept."""
+    runner: Any = ThreadPoolTaskRunner(max_workers=config.compute.workers)
+    return train_and_judge.with_options(task_runner=runner)(config)
 
 
-@flow(name="train-subsets", flow_run_name="subsets {config.workspace}")
-def train_subsets(config: Config) -> Path:
-    """One task a subset and seed."""
-    folder = retraining.prepare(config)
-    retraining.retrain.map(unmapped(config), Retraining(config).subset_runs()).result()
-    return folder
+@flow(name="train-and-judge", flow_run_name="judge {config.workspace}")
+def train_and_judge(config: Config) -> dict[str, Any]:
+    """One task a training; then the table, which SQL reads as `metrics` beside `retrained_losses`."""
+    retraining.prepare(config)
+    ground_truth = Retraining(config)
+    retraining.retrain.map(unmapped(config), ground_truth.subset_runs()).result()
+    scores = retraining.score_methods(config)
+    retraining.retrain.map(unmapped(config), left_out_runs(ground_truth, read_scores(scores))).result()
+    result = retraining.judge(config, scores)
+    publish.publish_catalog(config)
+    return result

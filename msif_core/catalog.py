@@ -32,6 +32,8 @@ PARQUET = {
     "layers": "attributions/*/layers.parquet",
     "tokens": "attributions/*/tokens.parquet",
     "samples": "attributions/*/samples.parquet",
+    "metrics": "evaluations/retraining/*/metrics.parquet",
+    "retrained_losses": "evaluations/retraining/*/losses-*.parquet",
 }
 KEPT = 3
 """Catalog files that stay: readers may still be opening an older one."""

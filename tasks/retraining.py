@@ -1,11 +1,13 @@
-"""Ground truth: one task a training."""
+"""Ground truth and judgement: one task a training, then the scores, then the table."""
 
 from pathlib import Path
 from typing import Any
 
 from prefect import task
+from prefect.artifacts import create_table_artifact
 
 from msif_core.config import Config
+from msif_core.evaluation import judgement
 from msif_core.evaluation.retraining import Retraining, Run
 from tasks import ACCELERATOR, IO, MODEL
 
@@ -23,8 +25,17 @@ def retrain(config: Config, run: Run) -> Path:
         return Retraining(config).train(run)
 
 
-@task(task_run_name="retrain-whole-pool", tags=[ACCELERATOR], **IO)
-def reference(config: Config) -> dict[str, Any]:
-    """Train the models whose scores are judged; returns their configuration."""
+@task(task_run_name="score-methods", tags=[ACCELERATOR], **IO)
+def score_methods(config: Config) -> Path:
+    """Train on the whole pool and score it by every method."""
     with MODEL:
-        return Retraining(config).reference().model_dump(mode="json")
+        return judgement.score_methods(Retraining(config))
+
+
+@task(task_run_name="judge-methods", tags=[ACCELERATOR])
+def judge(config: Config, scores: Path) -> dict[str, Any]:
+    """Every method against the ground truth; the table goes to the UI too."""
+    with MODEL:
+        result = judgement.judge(Retraining(config), judgement.read_scores(scores))
+    create_table_artifact(key="retraining", table=result["metrics"], description="Methods against retraining")
+    return result

@@ -9,9 +9,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from msif_core import catalog
 from msif_core.config import Config
 from msif_core.errors import InputError
+from msif_core.evaluation import judgement
+from msif_core.evaluation.lds import datamodeling
 from msif_core.evaluation.retraining import Retraining, Run
+from msif_core.pipeline import Pipeline
+from msif_core.scoring import score_sequences
 from tests.tiny_project import write_records
 
 WORDS = ["kite", "oak", "loom", "brook", "anvil", "heron"]
@@ -30,8 +35,18 @@ def project(folder: Path, **retraining: object) -> Config:
         }
         for name, rows in (("pretrain", documents), ("finetune", [dict(row) for row in ask[:4]]))
     ]
-    gold = [{**row, "gold_doc_ids": [f"d{20 + i}"]} for i, row in enumerate(ask[4:])]
-    size = {"vocabulary": 300, "hidden": 8, "layers": 1, "heads": 1, "pool": 12, "subsets": 3, "repeats": 2}
+    gold = [{**row, "gold_doc_ids": [f"d{22 + i}"]} for i, row in enumerate(ask[4:])]
+    size = {
+        "vocabulary": 300,
+        "hidden": 8,
+        "layers": 1,
+        "heads": 1,
+        "pool": 12,
+        "subsets": 3,
+        "repeats": 2,
+        "left_out": 3,
+        "left_out_queries": 2,
+    }
     return Config.model_validate({
         "workspace": str(folder / "workspace"), "queries": write_records(folder / "queries.jsonl", gold),
         "stages": stages, "corpus": {"max_length": 24}, "retraining": {**size, **retraining},
@@ -53,7 +68,7 @@ def rows(path: Path) -> list[dict[str, object]]:
 
 def test_the_pool_holds_the_gold_documents_and_subsets_their_share(trained: Retraining) -> None:
     assert len(trained.pool_ids) == 12
-    assert {"d20", "d21"} <= set(trained.pool_ids)
+    assert {"d22", "d23"} <= set(trained.pool_ids)
     masks = np.stack([trained.mask(i) for i in range(50)])
     assert (masks.sum(axis=1) == 6).all()
     assert 0.2 < masks.mean(axis=0).min() <= masks.mean(axis=0).max() < 0.8
@@ -109,8 +124,8 @@ def test_the_reference_is_the_subset_training_on_the_whole_pool(trained: Retrain
     for stage in config.stages:
         sums, _ = sequence_losses(load_model(stage.model), queries.sequences)
         np.testing.assert_allclose(sums, trained.read_run(whole, stage.name, queries.ids), rtol=1e-6)
-    missing = Run("missing", "left_out", -1, 0, ("d20",))
-    assert "d20" not in trained.kept_documents(missing)
+    missing = Run("missing", "left_out", -1, 0, ("d22",))
+    assert "d22" not in trained.kept_documents(missing)
     assert len(trained.kept_documents(missing)) == 11
 
 
@@ -118,6 +133,66 @@ def test_more_subsets_continue_the_same_ground_truth(trained: Retraining) -> Non
     more = trained.config.model_copy(update={"retraining": trained.settings.model_copy(update={"subsets": 9})})
     other = trained.config.model_copy(update={"retraining": trained.settings.model_copy(update={"fraction": 0.25})})
     assert Retraining(more).key == trained.key != Retraining(other).key
+
+
+@pytest.fixture(scope="module")
+def judged(trained: Retraining) -> dict[str, object]:
+    scores = judgement.read_scores(judgement.score_methods(trained))
+    for run in judgement.left_out_runs(trained, scores):
+        trained.train(run)
+    return judgement.judge(trained, scores)
+
+
+def test_every_method_scores_every_document(trained: Retraining, judged: dict[str, object]) -> None:
+    path = judgement.score_methods(trained)
+    scores = judgement.read_scores(path)
+    assert len(scores) == 11
+    assert all(table.shape == (2, 12) and np.isfinite(table).all() for table in scores.values())
+    pipeline = Pipeline(trained.reference())
+    expected = pipeline.score(Path(str(trained.config.queries)), trained.pool)
+    np.testing.assert_allclose(scores["multi-stage, damped"], expected, rtol=1e-3, atol=1e-6 * np.abs(expected).max())
+    dot = pipeline.query_gradients(judgement.load_queries(trained).sequences)
+    sequences = trained.sequences(trained.config.stages[0])
+    plain = score_sequences(
+        pipeline.model("pretrain"), pipeline.maps("pretrain"), dot, sequences, 4096, task="causal_lm"
+    )
+    np.testing.assert_allclose(scores["gradient dot product"], plain, rtol=1e-3, atol=1e-6 * np.abs(plain).max())
+    assert (np.abs(scores["gradient cosine"]) <= 1 + 1e-6).all()
+    for method in ("TF-IDF", "BM25"):
+        best = scores[method].argmax(axis=1)
+        assert [trained.pool[i]["text"].split(":")[0] for i in best] == ["anvil", "heron"]
+
+
+def test_the_table_tells_every_measure_and_sql_reads_it(trained: Retraining, judged: dict[str, object]) -> None:
+    told = {(m["method"], m["metric"], m["queries"]): m for m in judged["metrics"]}  # type: ignore[attr-defined]
+    for metric in ("lds", "mrr", "tail_patch"):
+        assert len({key[0] for key in told if key[1] == metric} - {"noise ceiling"}) == 11
+    assert {key[0] for key in told if key[1] == "left_out"} == {*judgement.LEFT_OUT_METHODS, "random"}
+    assert (trained.folder / "lds.png").read_bytes().startswith(b"\x89PNG")
+    names = ["q4", "q5"]
+    losses = trained.read_losses("finetune", names)
+    scores = judgement.read_scores(judgement.score_methods(trained))["TF-IDF"]
+    expected = datamodeling(scores, losses.masks, losses.values)
+    assert told["TF-IDF", "lds", "all"]["value"] == pytest.approx(expected.mean())
+    catalog.publish(trained.workspace.root)
+    best = "SELECT value FROM metrics WHERE method = 'TF-IDF' AND metric = 'lds' AND queries = 'all'"
+    assert catalog.query(trained.workspace.root, best)["value"].to_pylist() == [pytest.approx(expected.mean())]
+    counted = catalog.query(trained.workspace.root, "SELECT DISTINCT subset, seed FROM retrained_losses")
+    assert counted.num_rows == 6  # five of subsets, and those that left documents out
+
+
+def test_leaving_out_means_without_exactly_the_top(trained: Retraining, judged: dict[str, object]) -> None:
+    scores = judgement.read_scores(judgement.score_methods(trained))
+    table = pq.read_table(trained.folder / "left_out.parquet").to_pylist()
+    row = next(r for r in table if r["method"] == "TF-IDF" and r["query_id"] == "q5")
+    order = np.argsort(-scores["TF-IDF"][1], kind="stable")[:3]
+    assert set(row["document_ids"]) == {trained.pool_ids[i] for i in order}
+    run = next(r for r in judgement.left_out_runs(trained, scores) if r.name == row["run"])
+    assert trained.kept_documents(run) == set(trained.pool_ids) - set(row["document_ids"])
+    change = judgement.left_out_changes(trained, "finetune", ["q4", "q5"])["TF-IDF"][1]
+    whole = trained.read_run(Run("whole", "left_out", -1, 0), "finetune", ["q4", "q5"])
+    assert change == pytest.approx(trained.read_run(run, "finetune", ["q4", "q5"])[1] - whole[1])
+    assert change != 0
 
 
 def test_what_is_missing_is_named(tmp_path: Path, trained: Retraining) -> None:
