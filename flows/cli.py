@@ -313,7 +313,7 @@ def print_retraining(result: dict[str, Any]) -> None:
     title = f"Against retraining on {result['subsets']} subsets, {result['repeats']} of them with two seeds"
     metrics = {(m["method"], m["metric"], m["queries"]): m for m in result["metrics"]}
     groups = [group for group in ("all", "gold", "control") if any(key[1:] == ("lds", group) for key in metrics)]
-    columns = [("lds", group, f"LDS, {group} queries") for group in groups]
+    columns = [("lds", group, f"LDS, {group}") for group in groups]
     columns += [("mrr", "gold", "MRR"), ("recall_at_10", "gold", "gold in top 10")]
     columns += [("tail_patch", "all", "a step on the top 10"), ("left_out", "gold", "without the top")]
     table = Table("method", *(head for _, _, head in columns), title=title)
@@ -321,8 +321,8 @@ def print_retraining(result: dict[str, Any]) -> None:
         cells = []
         for metric, group, _ in columns:
             found = metrics.get((method, metric, group)) or metrics.get((method, metric, "all"))
-            error = "" if found is None or found["error"] is None else f" ± {found['error']:.3f}"
-            cells.append("–" if found is None else f"{found['value']:.3f}{error}")
+            error = "" if found is None or found["error"] is None else f"±{found['error']:.2f}"
+            cells.append("–" if found is None else f"{found['value']:.2f}{error}")
         table.add_row(method, *cells)
     console.print(table)
     console.print(f"Stored: {result['folder']}")
