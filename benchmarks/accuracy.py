@@ -47,22 +47,36 @@ class Subsets:
     gold: np.ndarray
 
     @classmethod
-    def of(cls, pool: Pool, retraining: Retraining, losses: Losses, gold: np.ndarray) -> Subsets:
-        sums = {
-            name: sequence_masks(pool, retraining, losses) @ gradients.flatten(1)
-            for name, gradients in pool.document_gradients(pool.target).items()
-        }
+    def of(
+        cls, pool: Pool, retraining: Retraining, losses: Losses, gold: np.ndarray, weights: FloatArray | None = None
+    ) -> Subsets:
+        """Sum the gradients, each sequence's multiplied by its weight."""
+        masks = sequence_masks(pool, retraining, losses)
+        if weights is not None:
+            masks = masks * torch.from_numpy(weights.astype(np.float32))
+        found = pool.document_gradients(pool.target)
+        sums = {name: masks @ gradients.flatten(1) for name, gradients in found.items()}
         return cls(pool, sums, losses, gold)
 
     def lds(self, filters: Mapping[str, SpectralFilter], query_model: str | None = None) -> FloatArray:
         """Score of a chain of filters for each query, over all subsets."""
-        return spearman(self.predicted(filters, query_model), -self.losses.values)
+        return self.score(self.total(filters, query_model))
 
-    def predicted(self, filters: Mapping[str, SpectralFilter], query_model: str | None = None) -> FloatArray:
-        """Summed scores of each subset, [M, Q]."""
+    def score(self, predicted: FloatArray) -> FloatArray:
+        """Score of summed influences [M, Q], for each query."""
+        return spearman(predicted, -self.losses.values)
+
+    def total(self, filters: Mapping[str, SpectralFilter], query_model: str | None = None) -> FloatArray:
+        """Summed scores of each subset: [M, Q]."""
+        return np.sum(list(self.predicted(filters, query_model).values()), axis=0)
+
+    def predicted(self, filters: Mapping[str, SpectralFilter], query_model: str | None = None) -> dict[str, FloatArray]:
+        """Summed scores of each subset, map by map: [M, Q]."""
         links = tuple(FilteredStage(self.pool.stages.factors(name), spectral) for name, spectral in filters.items())
         filtered = Chain(links).filter_all(self.pool.query_gradients(query_model or self.pool.last))
-        return dots(self.sums, filtered)
+        return {
+            name: (self.sums[name] @ gradients.flatten(1).T).double().numpy() for name, gradients in filtered.items()
+        }
 
 
 def sequence_masks(pool: Pool, retraining: Retraining, losses: Losses) -> torch.Tensor:
@@ -70,12 +84,6 @@ def sequence_masks(pool: Pool, retraining: Retraining, losses: Losses) -> torch.
     places = {name: i for i, name in enumerate(retraining.pool_ids)}
     columns = [places[name] for name in pool.sequences.document_ids]
     return torch.from_numpy(losses.masks[:, columns].astype(np.float32))
-
-
-def dots(sums: Gradients, filtered: Gradients) -> FloatArray:
-    """Inner products of the subsets' and the queries' gradients, over all maps: [M, Q]."""
-    total = sum((sums[name] @ gradients.flatten(1).T).double() for name, gradients in filtered.items())
-    return torch.as_tensor(total).numpy()
 
 
 def ground_truth(config: Config) -> Retraining:

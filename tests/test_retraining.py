@@ -9,8 +9,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks import accuracy
 from msif_core import catalog
 from msif_core.config import Config
+from msif_core.curvature.filters import Damped
 from msif_core.errors import InputError
 from msif_core.evaluation import judgement
 from msif_core.evaluation.lds import datamodeling
@@ -179,6 +181,20 @@ def test_the_table_tells_every_measure_and_sql_reads_it(trained: Retraining, jud
     assert catalog.query(trained.workspace.root, best)["value"].to_pylist() == [pytest.approx(expected.mean())]
     counted = catalog.query(trained.workspace.root, "SELECT DISTINCT subset, seed FROM retrained_losses")
     assert counted.num_rows == 6  # five of subsets, and those that left documents out
+
+
+def test_the_benchmarks_sums_over_subsets_give_the_same_scores(trained: Retraining, judged: dict[str, object]) -> None:
+    subsets, alone = accuracy.open_subsets(trained)
+    scores = judgement.read_scores(judgement.score_methods(trained))
+    found = {
+        "multi-stage, damped": subsets.lds({"pretrain": Damped(0.1), "finetune": Damped(0.1)}),
+        "EK-FAC, pre-trained model": subsets.lds({"pretrain": Damped(0.1)}, "pretrain"),
+        "EK-FAC, fine-tuned model": alone.lds({"pretrain": Damped(0.1)}),
+    }
+    for method, values in found.items():
+        np.testing.assert_allclose(
+            values, datamodeling(scores[method], subsets.losses.masks, subsets.losses.values), err_msg=method
+        )
 
 
 def test_leaving_out_means_without_exactly_the_top(trained: Retraining, judged: dict[str, object]) -> None:
