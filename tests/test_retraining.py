@@ -18,7 +18,7 @@ from msif_core.evaluation import judgement
 from msif_core.evaluation.lds import datamodeling
 from msif_core.evaluation.retraining import Retraining, Run
 from msif_core.pipeline import Pipeline
-from msif_core.scoring import score_sequences
+from msif_core.scoring import query_gradients, score_sequences
 from tests.tiny_project import write_records
 
 WORDS = ["kite", "oak", "loom", "brook", "anvil", "heron"]
@@ -153,8 +153,9 @@ def test_every_method_scores_every_document(trained: Retraining, judged: dict[st
     pipeline = Pipeline(trained.reference())
     expected = pipeline.score(Path(str(trained.config.queries)), trained.pool)
     np.testing.assert_allclose(scores["multi-stage, damped"], expected, rtol=1e-3, atol=1e-6 * np.abs(expected).max())
-    dot = pipeline.query_gradients(judgement.load_queries(trained).sequences)
-    sequences = trained.sequences(trained.config.stages[0])
+    sequences, last = trained.sequences(trained.config.stages[0]), pipeline.last
+    asked = judgement.load_queries(trained).sequences
+    dot = query_gradients(pipeline.model(last), pipeline.maps(last), asked, 4096, task="causal_lm")
     plain = score_sequences(
         pipeline.model("pretrain"), pipeline.maps("pretrain"), dot, sequences, 4096, task="causal_lm"
     )
