@@ -194,22 +194,26 @@ def plot_sweep(curves: dict[str, dict[str, tuple[FloatArray, FloatArray]]], path
     pyplot.close(figure)
 
 
-def open_subsets(retraining: Retraining) -> tuple[Subsets, Subsets]:
-    """Gradients of the reference models, and of the fine-tuned model as a single stage, summed over subsets."""
+def open_subsets(retraining: Retraining) -> Subsets:
+    """The reference models' gradients, summed over subsets."""
     queries = load_queries(retraining)
     gold = np.array([bool(data.get("gold_doc_ids")) for data in queries.metadata])
     losses = retraining.read_losses(retraining.config.stages[-1].name, queries.ids)
-    pool = Pool(retraining.reference(), queries)
-    subsets = Subsets.of(pool, retraining, losses, gold)
-    alone = Subsets.of(Pool(single_stage(pool.stages.config), queries), retraining, losses, gold)
-    return subsets, alone
+    return Subsets.of(Pool(retraining.reference(), queries), retraining, losses, gold)
+
+
+def open_alone(subsets: Subsets, retraining: Retraining) -> Subsets:
+    """The same of the fine-tuned model, as if its only stage were the attributed one."""
+    pool = Pool(single_stage(subsets.pool.stages.config), subsets.pool.queries)
+    return Subsets.of(pool, retraining, subsets.losses, subsets.gold)
 
 
 def main() -> None:
     config = Config.load(sys.argv[1] if len(sys.argv) > 1 else CONFIG)
     retraining = ground_truth(config)
     table_of_methods(retraining)
-    subsets, alone = open_subsets(retraining)
+    subsets = open_subsets(retraining)
+    alone = open_alone(subsets, retraining)
     curves = sweep(subsets, alone)
     print_sweep(curves)
     losses = subsets.losses

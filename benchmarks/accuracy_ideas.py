@@ -173,7 +173,7 @@ def seed_ideas(subsets: Subsets, retraining: Retraining) -> Iterator[Idea]:
 
 def main() -> None:
     retraining = Retraining(Config.load(sys.argv[1] if len(sys.argv) > 1 else CONFIG))
-    subsets, _ = open_subsets(retraining)
+    subsets = open_subsets(retraining)
     base = subsets.lds(filters_of(subsets))
     value, error = mean_and_error(base)
     gold = f"{base[subsets.gold].mean():.3f}" if subsets.gold.any() else "–"

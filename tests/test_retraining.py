@@ -185,7 +185,8 @@ def test_the_table_tells_every_measure_and_sql_reads_it(trained: Retraining, jud
 
 
 def test_the_benchmarks_sums_over_subsets_give_the_same_scores(trained: Retraining, judged: dict[str, object]) -> None:
-    subsets, alone = accuracy.open_subsets(trained)
+    subsets = accuracy.open_subsets(trained)
+    alone = accuracy.open_alone(subsets, trained)
     scores = judgement.read_scores(judgement.score_methods(trained))
     found = {
         "multi-stage, damped": subsets.lds({"pretrain": Damped(0.1), "finetune": Damped(0.1)}),
