@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.cli import print_retraining
-from msif_core import storage
 from msif_core.chain import Chain, FilteredStage
 from msif_core.config import Config
 from msif_core.curvature.filters import Damped, Identity, SpectralFilter, Unrolled
@@ -90,11 +89,10 @@ def ground_truth(config: Config) -> Retraining:
     """The ground truth, trained as far as it is missing."""
     retraining = Retraining(config)
     retraining.prepare()
-    runs = retraining.subset_runs()
-    for done, run in enumerate(runs, 1):
-        if not storage.is_whole(retraining.losses_file(run)):
-            retraining.train(run)
-            print(f"subsets: {done}/{len(runs)}", file=sys.stderr)
+    missing = retraining.missing(retraining.subset_runs())
+    for done, run in enumerate(missing, 1):
+        retraining.train(run)
+        print(f"subsets: {done}/{len(missing)}", file=sys.stderr)
     return retraining
 
 

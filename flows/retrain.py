@@ -23,9 +23,10 @@ def train_and_judge(config: Config) -> dict[str, Any]:
     """One task a training; then the table, which SQL reads as `metrics` beside `retrained_losses`."""
     retraining.prepare(config)
     ground_truth = Retraining(config)
-    retraining.retrain.map(unmapped(config), ground_truth.subset_runs()).result()
+    retraining.retrain.map(unmapped(config), ground_truth.missing(ground_truth.subset_runs())).result()
     scores = retraining.score_methods(config)
-    retraining.retrain.map(unmapped(config), left_out_runs(ground_truth, read_scores(scores))).result()
+    left_out = left_out_runs(ground_truth, read_scores(scores))
+    retraining.retrain.map(unmapped(config), ground_truth.missing(left_out)).result()
     result = retraining.judge(config, scores)
     publish.publish_catalog(config)
     return result

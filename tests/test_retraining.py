@@ -96,6 +96,7 @@ def test_a_training_is_kept_and_done_again_gives_the_same_bits(trained: Retraini
     trained.train(run)
     assert path.stat().st_mtime_ns == stamp
     path.write_bytes(b"damaged")
+    assert trained.missing(trained.subset_runs()) == [run]
     Retraining(trained.config).train(run)
     assert rows(path) == before
 
@@ -114,9 +115,9 @@ def test_the_subset_decides_the_pretraining_and_the_seed_the_start(trained: Retr
 
 def test_the_reference_is_the_subset_training_on_the_whole_pool(trained: Retraining) -> None:
     """Leaving nothing out and training with checkpoints in between are the same training."""
-    whole = Run("whole", "left_out", -1, 0)
+    whole = Run("another-start", "left_out", -1, 1)
     trained.train(whole)
-    config = trained.reference()
+    config = trained.reference(1)
     from msif_core import corpus
     from msif_core.models import load_model
     from msif_core.training import sequence_losses
@@ -181,7 +182,7 @@ def test_the_table_tells_every_measure_and_sql_reads_it(trained: Retraining, jud
     best = "SELECT value FROM metrics WHERE method = 'TF-IDF' AND metric = 'lds' AND queries = 'all'"
     assert catalog.query(trained.workspace.root, best)["value"].to_pylist() == [pytest.approx(expected.mean())]
     counted = catalog.query(trained.workspace.root, "SELECT DISTINCT subset, seed FROM retrained_losses")
-    assert counted.num_rows == 6  # five of subsets, and those that left documents out
+    assert counted.num_rows == 7  # five of subsets, those that left documents out, and the other start
 
 
 def test_the_benchmarks_sums_over_subsets_give_the_same_scores(trained: Retraining, judged: dict[str, object]) -> None:

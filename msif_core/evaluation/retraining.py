@@ -189,6 +189,10 @@ class Retraining:
         """File of a training's losses."""
         return self.folder / f"losses-{run.name}.parquet"
 
+    def missing(self, runs: list[Run]) -> list[Run]:
+        """Those that have no whole file yet: what a restart has left to do."""
+        return [run for run in runs if not storage.is_whole(self.losses_file(run))]
+
     def train(self, run: Run) -> Path:
         """Train all stages and write the queries' losses after each; kept if its file stands whole."""
 
