@@ -206,14 +206,22 @@ def rollback(config: ConfigFile) -> None:
 def evaluate(
     config: ConfigFile,
     tail_patch_rate: Annotated[float, typer.Option(help="Learning rate of the tail-patch's single step.")] = 0.02,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Retrain all stages on subsets of the documents and compare with that.")
+    ] = False,
     keep_server: KeepServer = False,
 ) -> None:
-    """Recall, fact tracing and tail-patch on the held-out queries; influence beside dot product and BM25."""
+    """Influence beside other methods: recall, fact tracing and tail-patch on the index, or against retraining."""
     from flows.evaluate import evaluate as flow
+    from flows.retrain import retrain as ground_truth
 
     settings = Config.load(config)
     if settings.queries is None:
         raise InputError(f"{config}: set `queries` to a jsonl file of held-out queries with gold_doc_ids")
+    if retrain:
+        with orchestrated(settings, keep_server):
+            print_retraining(ground_truth(settings))
+        return
     with orchestrated(settings, keep_server):
         comparison = flow(settings, tail_patch_rate)
     print_recall(settings)
@@ -332,6 +340,27 @@ def print_recall(config: Config) -> None:
             f"Recall@10 of the exact top ten by share re-scored ({recall['queries']} held-out queries, "
             f"{recall['sequences']:,} sequences, {recall['bytes_per_sequence']:.0f} bytes each): {shares}"
         )
+
+
+def print_retraining(result: dict[str, Any]) -> None:
+    """Every method against retraining, one row a method."""
+    title = f"Against retraining on {result['subsets']} subsets, {result['repeats']} of them with two seeds"
+    metrics = {(m["method"], m["metric"], m["queries"]): m for m in result["metrics"]}
+    groups = [group for group in ("all", "gold", "control") if any(key[1:] == ("lds", group) for key in metrics)]
+    columns = [("lds", group, f"LDS, {group}") for group in groups]
+    columns += [("mrr", "gold", "MRR"), ("recall_at_10", "gold", "gold in top 10")]
+    columns += [("tail_patch", "all", "a step on the top 10"), ("left_out", "gold", "without the top")]
+    table = Table("method", *(head for _, _, head in columns), title=title)
+    for method in dict.fromkeys(m["method"] for m in result["metrics"]):
+        cells = []
+        for metric, group, _ in columns:
+            found = metrics.get((method, metric, group)) or metrics.get((method, metric, "all"))
+            error = "" if found is None or found["error"] is None else f"±{found['error']:.2f}"
+            cells.append("–" if found is None else f"{found['value']:.2f}{error}")
+        table.add_row(method, *cells)
+    console.print(table)
+    console.print(f"Stored: {result['folder']}")
+    console.print(f"Plot:   {result['folder']}/lds.png")
 
 
 def print_comparison(result: dict[str, Any]) -> None:

@@ -33,6 +33,8 @@ PARQUET = {
     "tokens": "attributions/*/tokens.parquet",
     "samples": "attributions/*/samples.parquet",
     "versions": "corpus/*/documents-*.parquet",
+    "metrics": "evaluations/retraining/*/metrics.parquet",
+    "retrained_losses": "evaluations/retraining/*/losses-*.parquet",
 }
 KEPT = 3
 """Catalog files that stay: readers may still be opening an older one."""

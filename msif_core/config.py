@@ -209,6 +209,22 @@ class Query(BaseModel):
     id: str = Field("", title="Name", description="Name of the query; numbered without one.")
 
 
+class RetrainingSettings(Settings):
+    """Ground truth for `msif evaluate --retrain`: every stage trained anew on subsets of the attributed data."""
+
+    pool: int = Field(1200, ge=4, description="Documents that subsets are drawn from; gold documents are among them.")
+    subsets: int = Field(60, ge=2, description="Random subsets of the pool.")
+    fraction: float = Field(0.5, gt=0, lt=1, description="Share of the pool in a subset.")
+    repeats: int = Field(20, ge=0, description="Subsets trained with a second seed too: the noise ceiling.")
+    seed: int = Field(0, description="Seed of the pool and of the subsets.")
+    left_out: int = Field(20, ge=1, description="Top documents that leave-some-out removes.")
+    left_out_queries: int = Field(6, ge=0, description="Queries with leave-some-out retraining; each costs a training.")
+    vocabulary: int = Field(1024, ge=259, description="Size of the tokenizer, trained on the pool.")
+    hidden: int = Field(64, ge=8, description="Width of the retrained model.")
+    layers: int = Field(2, ge=1)
+    heads: int = Field(4, ge=1)
+
+
 class Config(Settings):
     """One YAML file: a workspace, its stages, and how each step is done."""
 
@@ -222,6 +238,7 @@ class Config(Settings):
     index: IndexSettings = IndexSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
     completion: CompletionSettings = CompletionSettings()
+    retraining: RetrainingSettings = RetrainingSettings()
     compute: ComputeSettings = ComputeSettings()
     runner: RunnerSettings = RunnerSettings()
 
