@@ -22,7 +22,7 @@ from flows.cli import print_retraining
 from msif_core.chain import Chain, FilteredStage
 from msif_core.config import Config
 from msif_core.curvature.filters import Damped, Identity, SpectralFilter, Unrolled
-from msif_core.evaluation.judgement import judge, left_out_runs, load_queries, read_scores, score_methods
+from msif_core.evaluation.judgement import judge, left_out_runs, read_scores, score_methods
 from msif_core.evaluation.lds import FloatArray, mean_and_error, noise_ceiling, paired_difference, spearman
 from msif_core.evaluation.methods import Gradients, Pool, single_stage
 from msif_core.evaluation.retraining import Losses, Retraining
@@ -194,7 +194,7 @@ def plot_sweep(curves: dict[str, dict[str, tuple[FloatArray, FloatArray]]], path
 
 def open_subsets(retraining: Retraining) -> Subsets:
     """The reference models' gradients, summed over subsets."""
-    queries = load_queries(retraining)
+    queries = retraining.queries
     gold = np.array([bool(data.get("gold_doc_ids")) for data in queries.metadata])
     losses = retraining.read_losses(retraining.config.stages[-1].name, queries.ids)
     return Subsets.of(Pool(retraining.reference(), queries), retraining, losses, gold)

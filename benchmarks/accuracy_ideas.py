@@ -17,7 +17,6 @@ from benchmarks.accuracy import CONFIG, DEFAULT, Subsets, console, open_subsets
 from msif_core.batching import Sequences, batches
 from msif_core.config import Config
 from msif_core.curvature.filters import Damped, SpectralFilter, Unrolled, block_mean
-from msif_core.evaluation.judgement import load_queries
 from msif_core.evaluation.lds import FloatArray, mean_and_error, paired_difference
 from msif_core.evaluation.methods import Pool, norms
 from msif_core.evaluation.retraining import Retraining
@@ -161,7 +160,7 @@ def seed_ideas(subsets: Subsets, retraining: Retraining) -> Iterator[Idea]:
     filters = filters_of(subsets)
     single: dict[str, SpectralFilter] = {subsets.pool.target: Damped(DEFAULT)}
     total, alone = subsets.total(filters), subsets.total(single)
-    queries = load_queries(retraining)
+    queries = retraining.queries
     for count, seed in enumerate(MORE_SEEDS, 2):
         other = Subsets.of(Pool(retraining.reference(seed), queries), retraining, subsets.losses, subsets.gold)
         found = other.total(filters)

@@ -44,7 +44,7 @@ def measure(config: Config) -> list[Row]:
         sketch = config.sketch.model_copy(update={"whitening": whitening, "dimensions": dimensions})
         other = Pipeline(config.model_copy(update={"sketch": sketch}))
         phi = np.concatenate([other.document_sketches(part) for part in parts])
-        psi = other.query_sketches(queries.sequences)
+        psi = other.query_sketches(queries)
         for bits in BITS:
             found, size = search(config, phi, psi, ids, bits)
             recall = {

@@ -118,12 +118,11 @@ def test_the_reference_is_the_subset_training_on_the_whole_pool(trained: Retrain
     whole = Run("another-start", "left_out", -1, 1)
     trained.train(whole)
     config = trained.reference(1)
-    from msif_core import corpus
     from msif_core.models import load_model
     from msif_core.training import sequence_losses
 
     assert len(Path(str(config.stage("pretrain").documents)).read_text().splitlines()) == 12
-    queries = corpus.load_queries(Path(str(config.queries)), trained.tokenizer, trained.window, "causal_lm")
+    queries = trained.queries
     for stage in config.stages:
         sums, _ = sequence_losses(load_model(stage.model), queries.sequences)
         np.testing.assert_allclose(sums, trained.read_run(whole, stage.name, queries.ids), rtol=1e-6)
@@ -155,7 +154,7 @@ def test_every_method_scores_every_document(trained: Retraining, judged: dict[st
     expected = pipeline.score(Path(str(trained.config.queries)), trained.pool)
     np.testing.assert_allclose(scores["multi-stage, damped"], expected, rtol=1e-3, atol=1e-6 * np.abs(expected).max())
     sequences, last = trained.sequences(trained.config.stages[0]), pipeline.last
-    asked = judgement.load_queries(trained).sequences
+    asked = trained.queries.sequences
     dot = query_gradients(pipeline.model(last), pipeline.maps(last), asked, 4096, task="causal_lm")
     plain = score_sequences(
         pipeline.model("pretrain"), pipeline.maps("pretrain"), dot, sequences, 4096, task="causal_lm"
@@ -223,6 +222,13 @@ def test_what_is_missing_is_named(tmp_path: Path, trained: Retraining) -> None:
         Retraining(config.model_copy(update={"stages": (bare, config.stages[1])}))
     with pytest.raises(InputError, match="pool is 100, but there are 24 documents"):
         _ = Retraining(project(tmp_path, pool=100)).pool
+    contrast = write_records(
+        tmp_path / "contrast.jsonl", [{"id": "q", "prompt": "What?", "completion": " A.", "contrast": " B."}]
+    )
+    asked = Retraining(config.model_copy(update={"queries": contrast}))
+    asked.prepare()
+    with pytest.raises(InputError, match="query 'q': retraining takes neither contrasts nor sets"):
+        _ = asked.queries
     with pytest.raises(InputError, match="0 subsets are trained"):
         Retraining(project(tmp_path)).read_losses("finetune", ["q4"])
     assert json.loads((trained.folder / "settings.json").read_text())["retraining"]["pool"] == 12

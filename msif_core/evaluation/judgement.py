@@ -15,12 +15,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from msif_core import corpus, storage
-from msif_core.corpus import Queries
 from msif_core.evaluation.facts import ranks_of_scores, trace_facts
 from msif_core.evaluation.lds import datamodeling, mean_and_error, noise_ceiling, paired_difference
 from msif_core.evaluation.methods import Pool, all_methods
 from msif_core.evaluation.retraining import LEFT_OUT, FloatArray, Retraining, Run, write_rows
 from msif_core.evaluation.tail_patch import tail_patch
+from msif_core.queries import Queries
 
 METRICS = pa.schema([
     ("ground_truth", pa.string()), ("method", pa.string()), ("metric", pa.string()), ("stage", pa.string()),
@@ -36,18 +36,11 @@ TAIL_PATCH_RATE = 0.02
 Scores = Mapping[str, FloatArray]
 
 
-def load_queries(retraining: Retraining) -> Queries:
-    """The held-out queries in the ground truth's tokens."""
-    return corpus.load_queries(
-        Path(str(retraining.config.queries)), retraining.tokenizer, retraining.window, "causal_lm"
-    )
-
-
 def score_methods(retraining: Retraining) -> Path:
     """Train the reference models, score the pool by every method; [Q, N] each, columns in the pool's order."""
 
     def build(temporary: Path) -> None:
-        pool = Pool(retraining.reference(), load_queries(retraining))
+        pool = Pool(retraining.reference(), retraining.queries)
         places = {name: i for i, name in enumerate(pool.documents)}
         order = [places[name] for name in retraining.pool_ids]
         first, later = retraining.config.stages[retraining.config.attributed_index], retraining.config.stages[-1]
@@ -71,7 +64,7 @@ def read_scores(path: Path) -> dict[str, FloatArray]:
 
 def left_out_runs(retraining: Retraining, scores: Scores) -> list[Run]:
     """The pool whole, without each method's top documents of some queries, and without random ones."""
-    size, queries = retraining.settings, load_queries(retraining)
+    size, queries = retraining.settings, retraining.queries
     if not size.left_out_queries:
         return []
     names = np.array(retraining.pool_ids)
@@ -116,7 +109,7 @@ def left_out_changes(retraining: Retraining, stage: str, query_ids: list[str]) -
 
 def judge(retraining: Retraining, scores: Scores) -> dict[str, Any]:
     """Hold every method against the ground truth; writes metrics.parquet and lds.png, and returns the table."""
-    queries = load_queries(retraining)
+    queries = retraining.queries
     gold = np.array([bool(data.get("gold_doc_ids")) for data in queries.metadata])
     groups = {name: rows for name, rows in (("all", gold | True), ("gold", gold), ("control", ~gold)) if rows.any()}
     last = retraining.config.stages[-1].name

@@ -21,9 +21,9 @@ from msif_core.batching import Sequences, batches
 from msif_core.capture import forward
 from msif_core.chain import Chain, FilteredStage
 from msif_core.config import Config
-from msif_core.corpus import Queries
 from msif_core.curvature.filters import Damped, Identity, SpectralFilter, Unrolled
 from msif_core.lexical import words
+from msif_core.queries import Queries
 from msif_core.stages import Stages
 
 FloatArray = npt.NDArray[np.float64]

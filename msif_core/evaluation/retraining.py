@@ -27,6 +27,7 @@ from msif_core.config import Config, Stage
 from msif_core.demo import read
 from msif_core.errors import InputError
 from msif_core.models import load_tokenizer
+from msif_core.queries import Queries, load_queries
 from msif_core.training import Architecture, new_model, optimize, sequence_losses, train_stage, train_tokenizer
 from msif_core.workspace import Workspace
 
@@ -172,6 +173,20 @@ class Retraining:
         """The tokenizer of all trainings."""
         return load_tokenizer(str(self.folder / "tokenizer"))
 
+    @cached_property
+    def queries(self) -> Queries:
+        """The held-out queries, in the ground truth's tokens.
+
+        Raises:
+            InputError: a query is more than the loss of one completion.
+        """
+        source = Path(str(self.config.queries))
+        found = load_queries(source, self.tokenizer, self.window, "causal_lm")
+        for name, weights in zip(found.ids, found.measurements, strict=True):
+            if list(weights.values()) != [1.0]:
+                raise InputError(f"{source}, query {name!r}: retraining takes neither contrasts nor sets; remove it")
+        return found
+
     def sequences(self, stage: Stage) -> Sequences:
         """Sequences of a stage: of the pool, or all of its documents."""
         found = self.pool if stage.name == self.config.attribute_to else read(self.config, stage)
@@ -198,7 +213,7 @@ class Retraining:
 
         def build(temporary: Path) -> None:
             kept = self.kept_documents(run)
-            queries = corpus.load_queries(Path(str(self.config.queries)), self.tokenizer, self.window, "causal_lm")
+            queries = self.queries
             model = new_model(self.tokenizer, self.architecture, self.config.stages[0].training.seed + run.seed)  # type: ignore[union-attr]
             rows: list[tuple[Any, ...]] = []
             for stage in self.config.stages:
