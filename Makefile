@@ -4,7 +4,7 @@ BIN := .venv/bin
 # One thread for each test worker: two workers with two threads each would fight over two cores.
 TEST_ENV := OMP_NUM_THREADS=1 DO_NOT_TRACK=1
 
-.PHONY: help demo test lint drill bench clean
+.PHONY: help demo test lint drill bench accuracy clean
 
 help:  ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -28,8 +28,11 @@ lint: .venv/.ok  ## ruff and mypy
 drill: .venv/.ok  ## The long drills
 	$(TEST_ENV) $(BIN)/pytest -m drill
 
-bench: .venv/.ok  ## Each pass beside its flop floor
-	$(BIN)/python -m benchmarks.floor
+bench: .venv/.ok  ## Speed and memory beside the floor and the peers (20 minutes)
+	$(BIN)/python -m benchmarks
+
+accuracy: .venv/.ok  ## Methods beside retraining: docs/accuracy.md's tables (45 minutes)
+	$(BIN)/python -m benchmarks.accuracy
 
 clean:  ## Remove the demo's workspace
 	rm -rf runs
