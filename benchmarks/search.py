@@ -10,6 +10,7 @@ alone, memory-mapped: 25 GB on disk.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 import subprocess
@@ -46,6 +47,11 @@ class Real:
         self.phi = np.concatenate([pipeline.document_sketches(s) for s in shards])
         self.psi = pipeline.query_sketches(queries)
         self.scores = np.concatenate([pipeline.scores(queries, s) for s in shards], axis=1)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the sketches: codes that were made of others are not used."""
+        return hashlib.sha256(self.phi.tobytes()).hexdigest()[:16]
 
 
 class Resampled:
@@ -225,7 +231,7 @@ def main() -> None:
     else:
         name = "workspace-quick" if options.quick else "workspace"
         real = Real(workspace.build(options.out / name, options.quick))
-        found = [likeness(real), measure(real, QUICK if options.quick else COUNTS, folder)]
+        found = [likeness(real), measure(real, QUICK if options.quick else COUNTS, folder / real.fingerprint)]
         tables.save(options.out / "search.json", found)
     print("\n".join(table.markdown() for table in found))
 
