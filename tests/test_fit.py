@@ -110,7 +110,7 @@ def test_a_killed_run_resumes_bit_for_bit(
     monkeypatch.setattr(fit, "capture", killed)
     with pytest.raises(KeyboardInterrupt):
         run(model, maps, tmp_path)
-    assert not list(tmp_path.rglob(".tmp-*"))
+    assert not [path for path in tmp_path.rglob(".tmp-*") if "lock" not in path.name]
     monkeypatch.setattr(fit, "capture", original)
     assert same(run(model, maps, tmp_path), whole)
 
