@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-SOURCE = Path("data/pretrain/shakespeare.jsonl")
+SOURCE = Path("data/speeches/shakespeare.jsonl")
 FOLDER = Path("runs/speeches")
 QUERIES, LESSONS = 80, 500
 WORDS = range(16, 60)
