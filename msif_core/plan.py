@@ -308,7 +308,9 @@ def query_sweeps(config: Config, last: _Work, queries: int) -> int:
 def index_steps(config: Config, work: _Work, size: StagePlan, sweeps: int) -> list[Step]:
     """Sketches of the attributed stage, and the exact scores that measure recall."""
     sketch = work.rotation() + work.gradients() + 3.0 * work.tracked() + work.hadamard
-    steps = [Step("sketches", size.name, size.sequences * work.forward_backward(), size.sequences * sketch)]
+    steps = [
+        Step("sketches", size.name, size.sequences * size.passes * work.forward_backward(), size.sequences * sketch)
+    ]
     if sweeps:
         count = min(config.index.recall_sample, size.sequences)
         scoring = work.gradients() + 2.0 * config.index.recall_queries * work.tracked()
