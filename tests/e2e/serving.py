@@ -62,8 +62,13 @@ class Api:
     def __call__(self, path: str, body: Any = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = Request(f"{self.url}/api{path}", data=data, headers={"content-type": "application/json"})
-        with urlopen(request, timeout=30) as answer:
-            return json.loads(answer.read() or b"null")
+        for patience in (30, 60, None):  # a server on SQLite answers late while several processes write
+            try:
+                with urlopen(request, timeout=patience or 120) as answer:
+                    return json.loads(answer.read() or b"null")
+            except TimeoutError:
+                if patience is None:
+                    raise
 
     def runs(self, flow: str) -> list[dict[str, Any]]:
         """Runs of a flow, oldest first."""

@@ -94,7 +94,7 @@ def test_two_rebuilds_never_overlap(site: Site) -> None:
 
 def test_the_schedule_fires(site: Site) -> None:
     before = len(site.api.runs("rebuild-index"))
-    deploy = ("deploy", "--name", "rebuild-index/tiny", "--prefect-file", "deployments/prefect.yaml")
+    deploy = ("deploy", "--all", "--prefect-file", "deployments/prefect.yaml")
     site.prefect(*deploy, MSIF_CRON="* * * * *")
 
     def fired() -> list[str]:
