@@ -2,17 +2,17 @@
 
 from typing import Any
 
-from msif_core import generations
-from msif_core.config import Config
 
+def what_changed(before: dict[str, Any] | None, after: dict[str, Any], withheld: str | None = None) -> str:
+    """Which case a rebuild met, why, and what it saved, from the generations' manifests.
 
-def what_changed(before: dict[str, Any] | None, after: dict[str, Any], config: Config | None = None) -> str:
-    """Which case a rebuild met, why, and what it saved, from the generations' manifests."""
+    `withheld` says why the new one was not published, where it was not.
+    """
     if before is not None and before["generation"] == after["generation"]:
         return f"nothing changed: generation {after['generation']} stays published"
     case = f"{_case(before, after)}; {saved(after['changes'])}{drifted(after.get('drift') or {})}"
-    if config is not None and (reason := generations.withheld(after, config.index)) is not None:
-        return f"{case}; {reason}" + (f", {before['generation']} stays published" if before else "")
+    if withheld is not None:
+        return f"{case}; {withheld}" + (f", {before['generation']} stays published" if before else "")
     return f"{case}; generation {after['generation']} " + (
         f"replaces {before['generation']}" if before else "is published"
     )

@@ -181,23 +181,32 @@ def sql(
 
 
 @app.command()
-def report(config: ConfigFile, run: Annotated[str, typer.Argument(help="Name of the attribution's run.")]) -> None:
+def report(
+    config: ConfigFile,
+    run: Annotated[str, typer.Argument(help="Name of the attribution's run.")],
+    query: Annotated[
+        list[str] | None, typer.Option(help="Id of a query to show; can be repeated. The first 100 without.")
+    ] = None,
+) -> None:
     """Write an attribution as one self-contained HTML page."""
     from msif_core.attribution import Attribution
     from msif_core.workspace import Workspace
 
     folder = Workspace(Config.load(config).workspace.resolve()).attributions / run
-    console.print(Attribution.open(folder).to_html(folder / "page.html"))
+    console.print(Attribution.open(folder).to_html(folder / "page.html", query or ()))
 
 
 @app.command()
-def rollback(config: ConfigFile) -> None:
-    """Publish the generation before the current one."""
+def rollback(
+    config: ConfigFile,
+    to: Annotated[str | None, typer.Option(help="Another generation to publish, by its id.")] = None,
+) -> None:
+    """Publish the generation before the current one, which rebuilds then leave alone until its documents change."""
     from msif_core import catalog, generations
     from msif_core.workspace import Workspace
 
     workspace = Workspace(Config.load(config).workspace.resolve())
-    published = generations.rollback(workspace)
+    published = generations.rollback(workspace, to)
     catalog.publish(workspace.root)
     console.print(f"Published: {published}")
 
@@ -322,8 +331,9 @@ def print_change(config: Config, before: dict[str, Any] | None, built: Path) -> 
     """What a build did, and why."""
     from flows.changes import what_changed
     from msif_core import storage
+    from msif_core.generations import withheld
 
-    change = what_changed(before, storage.read_json(built / "manifest.json"), config)
+    change = what_changed(before, storage.read_json(built / "manifest.json"), withheld(built, config.index))
     console.print(change[0].upper() + change[1:])
 
 
@@ -355,7 +365,7 @@ def print_retraining(result: dict[str, Any]) -> None:
         cells = []
         for metric, group, _ in columns:
             found = metrics.get((method, metric, group)) or metrics.get((method, metric, "all"))
-            error = "" if found is None or found["error"] is None else f"±{found['error']:.2f}"
+            error = "" if found is None or found["error"] is None else f" ±{found['error']:.2f}"
             cells.append("–" if found is None else f"{found['value']:.2f}{error}")
         table.add_row(method, *cells)
     console.print(table)

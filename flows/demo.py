@@ -24,6 +24,8 @@ def demo(config: Configuration) -> tuple[Path, dict[str, Any]]:
         raise InputError("the demo's configuration needs `queries`")
     training.train_stages(config)
     build_index(config)
-    questions = [Query(**record) for record in records.read_list(Path(config.queries))[:QUESTIONS]]
+    questions = [
+        Query(**record) for record in records.read_list(Path(config.queries), records.query_problem_of)[:QUESTIONS]
+    ]
     run = attribute(config, queries=questions)
     return run, evaluate(config)

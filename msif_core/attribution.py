@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,9 @@ FloatArray = npt.NDArray[np.float32]
 
 HEADINGS = ("query", "side", "rank", "score", "percentile", "document", "source", "text")
 """Columns of an attribution in a notebook."""
+
+PAGE_QUERIES = 100
+"""Queries on a page where none are named: about 10 MB, which a browser still opens at once."""
 
 SIDES = ("query", "contrast", "member")
 """The sides of a query in tokens.parquet."""
@@ -207,12 +211,22 @@ class Attribution:
         """Whether `heatmap` has that pair."""
         return (query, document, side) in self._heatmaps
 
-    def to_html(self, path: str | Path) -> Path:
-        """Write the attribution as one self-contained page; returns its path."""
+    def to_html(self, path: str | Path, queries: Sequence[str] = ()) -> Path:
+        """Write the attribution as one self-contained page; returns its path.
+
+        Args:
+            path: the file.
+            queries: ids of the queries to show; without any, the first `PAGE_QUERIES`.
+
+        Raises:
+            InputError: the run has no query of such an id.
+        """
         from msif_core.report import render
 
-        path = Path(path)
-        storage.write_text(path, render(self))
+        path, known = Path(path), set(self.query_ids)
+        if unknown := [name for name in queries if name not in known]:
+            raise InputError(f"run {self.run_id} has no query {unknown[0]!r}")
+        storage.write_text(path, render(self, queries or self.query_ids[:PAGE_QUERIES]))
         return path
 
     def _repr_html_(self) -> str:

@@ -32,6 +32,7 @@ PARQUET = {
     "layers": "attributions/*/layers.parquet",
     "tokens": "attributions/*/tokens.parquet",
     "samples": "attributions/*/samples.parquet",
+    "candidates": "attributions/*/candidates.parquet",
     "versions": "corpus/*/documents-*.parquet",
     "metrics": "evaluations/retraining/*/metrics.parquet",
     "retrained_losses": "evaluations/retraining/*/losses-*.parquet",

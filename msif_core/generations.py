@@ -17,6 +17,8 @@ from msif_core.workspace import Workspace
 Manifest = dict[str, Any]
 RECALL_AT = "0.02"
 """Share re-scored whose recall decides over a publish."""
+ROLLED_BACK = "rolled-back"
+"""File in the folder of a generation that was rolled back: a rebuild that leads to it again leaves it unpublished."""
 
 
 def manifest_of(workspace: Workspace, generation: str | None) -> Manifest | None:
@@ -25,8 +27,14 @@ def manifest_of(workspace: Workspace, generation: str | None) -> Manifest | None
     return dict(storage.read_json(path)) if generation is not None and path.exists() else None
 
 
-def withheld(manifest: Manifest, settings: IndexSettings) -> str | None:
-    """Why a generation may not be published, None where it may."""
+def withheld(folder: Path, settings: IndexSettings) -> str | None:
+    """Why the generation in `folder` may not be published, None where it may."""
+    manifest = storage.read_json(folder / "manifest.json")
+    if (folder / ROLLED_BACK).exists():
+        return (
+            f"generation {manifest['generation']} was rolled back: it is kept but not published; "
+            f"`msif rollback CONFIG --to {manifest['generation']}` publishes it"
+        )
     recall = manifest["recall"].get("recall_at_10", {}).get(RECALL_AT)
     if recall is None or recall >= settings.min_recall:
         return None
@@ -36,21 +44,27 @@ def withheld(manifest: Manifest, settings: IndexSettings) -> str | None:
     )
 
 
-def rollback(workspace: Workspace) -> str:
-    """Publish the generation before the published one; returns its id.
+def rollback(workspace: Workspace, to: str | None = None) -> str:
+    """Publish the generation before the published one, or the one named `to`; returns its id.
+
+    The one left behind is not published again by a rebuild that changes nothing, only by its name.
 
     Raises:
         InputError: there is none, or what it needs is gone.
     """
-    manifest = storage.read_json(workspace.current_generation() / "manifest.json")
-    parent = manifest_of(workspace, manifest["parent"])
-    if manifest["parent"] is None:
-        raise InputError(f"generation {manifest['generation']} is the first; there is none before it")
-    if parent is None or (gone := [part for part in parts(parent) if not (workspace.root / part).exists()]):
-        missing = gone[0] if parent else "its manifest"
-        raise InputError(f"generation {manifest['parent']} was pruned ({missing} is gone); run `msif rebuild CONFIG`")
-    workspace.publish(str(manifest["parent"]))
-    return str(manifest["parent"])
+    current = workspace.current_generation()
+    wanted = to or storage.read_json(current / "manifest.json")["parent"]
+    if wanted is None:
+        raise InputError(f"generation {current.name} is the first; there is none before it")
+    manifest = manifest_of(workspace, wanted)
+    if manifest is None or (gone := [part for part in parts(manifest) if not (workspace.root / part).exists()]):
+        missing = gone[0] if manifest else "its manifest"
+        raise InputError(f"generation {wanted} is not here or pruned ({missing} is gone); run `msif rebuild CONFIG`")
+    if wanted != current.name:
+        storage.write_text(current / ROLLED_BACK, f"{wanted} was published instead\n")
+    (workspace.generations / wanted / ROLLED_BACK).unlink(missing_ok=True)
+    workspace.publish(wanted)
+    return str(wanted)
 
 
 def parts(manifest: Manifest) -> list[str]:

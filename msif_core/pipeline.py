@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -265,8 +265,8 @@ class Pipeline(Stages):
     def publish_generation(self) -> Path:
         """Build the generation that the corpus and the settings give, and publish it; returns its folder.
 
-        What is published already stays. A generation whose recall is below `index.min_recall` is kept, but the
-        pointer does not move to it (`generations.withheld` says why).
+        What is published already stays. A generation whose recall is below `index.min_recall`, or that was rolled
+        back, is kept, but the pointer does not move to it (`generations.withheld` says why).
         """
         parent = generations.manifest_of(self.workspace, self.workspace.published())
         content = self.content()
@@ -275,8 +275,7 @@ class Pipeline(Stages):
         folder = self.workspace.generations / storage.fingerprint(content, parent and parent["generation"])
         if not (folder / "manifest.json").exists():
             storage.write_json(folder / "manifest.json", self._describe(folder.name, content, parent))
-        manifest = storage.read_json(folder / "manifest.json")
-        if generations.withheld(manifest, self.config.index) is None:
+        if generations.withheld(folder, self.config.index) is None:
             self.workspace.publish(folder.name)
         return folder
 
@@ -369,6 +368,12 @@ class Pipeline(Stages):
         folder = answering.answer(self, self.read_queries(queries), top_k or self.config.retrieval.top_k)
         return Attribution.open(folder)
 
+    def as_published(self) -> Self:
+        """With the published generation's factors, where it is of these models and settings: a fit may be under way."""
+        manifest = generations.manifest_of(self.workspace, self.workspace.published())
+        same = manifest and manifest["recipes"] == {stage.name: self.recipe(stage.name) for stage in self.config.stages}
+        return self.holding(manifest["factors"]) if manifest and same else self
+
     def score(self, queries: Path | Sequence[dict[str, Any]], documents: Path | Sequence[dict[str, Any]]) -> FloatArray:
         """Exact scores of given documents, float32 [n_queries, n_documents], in the records' order.
 
@@ -380,7 +385,7 @@ class Pipeline(Stages):
         sequences, rows = corpus.encode_list(
             found, self.tokenizer(self.target), self.max_length(self.target), target.task
         )
-        scores = self.scores(asked, sequences)
+        scores = self.as_published().scores(asked, sequences)
         total = np.zeros((len(scores), len(found)), dtype=np.float64)
         np.add.at(total.T, rows, scores.T)
         return total.astype(np.float32)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from prefect import get_run_logger, task
 
-from msif_core import generations, storage
+from msif_core import generations
 from msif_core.config import Config
 from tasks import ACCELERATOR, IO, progress, run_step
 
@@ -33,6 +33,6 @@ def publish_generation(config: Config) -> Path:
     """Measure recall and drift, write the generation's manifest, move the pointer."""
     with progress.whole("measure recall and publish"):
         folder: Path = run_step(config, "publish_generation")
-    if (reason := generations.withheld(storage.read_json(folder / "manifest.json"), config.index)) is not None:
+    if (reason := generations.withheld(folder, config.index)) is not None:
         get_run_logger().warning(reason)
     return folder

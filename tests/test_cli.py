@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from flows import cli
 from flows.changes import what_changed
-from msif_core import catalog
-from msif_core.config import Config
+from msif_core import catalog, generations, storage
+from msif_core.config import IndexSettings
 from msif_core.errors import InputError
 from msif_core.workspace import Workspace
 from tests.workspace_fixture import write_workspace
@@ -100,6 +100,11 @@ def test_rollback_moves_to_the_parent_and_stops_at_the_first(
     assert workspace.published() == "g1"
     assert catalog.query(workspace.root, sql)["generation"].to_pylist() == ["g1"], "the catalog follows"
     assert msif("rollback", path) == (2, "msif: generation g1 is the first; there is none before it\n")
+    assert msif("rollback", path, "--to", "g2")[0] == 0
+    assert workspace.published() == "g2"
+    assert msif("rollback", path, "--to", "g9") == (
+        2, "msif: generation g9 is not here or pruned (its manifest is gone); run `msif rebuild CONFIG`\n",
+    )  # fmt: skip
 
 
 def generation(name: str, factors: str = "f", key: str = "k", recall: float = 0.9) -> dict[str, object]:
@@ -126,10 +131,11 @@ def test_a_rebuild_says_which_case_it_met() -> None:
 
 
 def test_a_rebuild_says_why_it_is_not_published(tmp_path: Path) -> None:
-    strict = Config.load(config(tmp_path, index={"min_recall": 0.8}))
-    old = generation("old")
-    assert what_changed(old, generation("new", recall=0.8), strict).endswith("generation new replaces old")
-    assert what_changed(old, generation("new", recall=0.75), strict).endswith(
+    strict, old, new = IndexSettings(min_recall=0.8), generation("old"), generation("new", recall=0.75)
+    storage.write_json(tmp_path / "good" / "manifest.json", generation("new", recall=0.8))
+    storage.write_json(tmp_path / "new" / "manifest.json", new)
+    assert generations.withheld(tmp_path / "good", strict) is None
+    assert what_changed(old, new, generations.withheld(tmp_path / "new", strict)).endswith(
         "recall@10 at 2% re-scored is 0.750, below index.min_recall = 0.8: generation new is kept but not published, "
         "old stays published"
     )

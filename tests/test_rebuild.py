@@ -197,7 +197,7 @@ def test_a_build_of_low_recall_is_kept_and_not_published(project: Path) -> None:
     second = strict.run()
     assert second != first
     assert strict.workspace.published() == first.name
-    assert "below index.min_recall = 1: " in str(generations.withheld(manifest(second), strict.config.index))
+    assert "below index.min_recall = 1: " in str(generations.withheld(second, strict.config.index))
     assert Sql(strict).column("select generation from generations where published", "generation") == [first.name]
     assert strict.run() == second, "nor is it built again"
     assert strict.attribute(asked(project)).table.num_rows
@@ -227,6 +227,25 @@ def test_the_same_documents_again_are_another_generation(project: Path) -> None:
     assert pipeline.run() == three
     assert generations.rollback(pipeline.workspace) == two.name
     assert generations.rollback(pipeline.workspace) == one.name
+
+
+def test_a_rebuild_does_not_undo_a_rollback(project: Path) -> None:
+    """A nightly rebuild of the same documents leaves the generation that was rolled back alone; others go on."""
+    pipeline = Pipeline.from_config(project)
+    one = pipeline.run()
+    rewrite(project, 40)
+    two = pipeline.run()
+    generations.rollback(pipeline.workspace)
+    assert pipeline.run() == two
+    assert pipeline.workspace.published() == one.name
+    reason = str(generations.withheld(two, pipeline.config.index))
+    assert reason.endswith(f"`msif rollback CONFIG --to {two.name}` publishes it")
+    generations.rollback(pipeline.workspace, to=two.name)
+    assert pipeline.workspace.published() == two.name
+    generations.rollback(pipeline.workspace)
+    rewrite(project, 39)
+    three = pipeline.run()
+    assert pipeline.workspace.published() == three.name not in (one.name, two.name)
 
 
 def test_another_later_stage_is_another_generation(project: Path) -> None:
@@ -318,7 +337,7 @@ def test_prune_leaves_one_generation_s_files_and_no_others(project: Path) -> Non
     modified = {p: p.stat().st_mtime_ns for kind in ("codes", "exact", "corpus") for p in (root / kind).rglob("*")}
     assert pipeline.run() == folders[2]
     assert modified == {p: p.stat().st_mtime_ns for p in modified}, "nothing was missed"
-    with pytest.raises(InputError, match=r"was pruned .its manifest is gone.; run `msif rebuild CONFIG`"):
+    with pytest.raises(InputError, match=r"is not here or pruned .its manifest is gone.; run `msif rebuild CONFIG`"):
         generations.rollback(pipeline.workspace)
 
 
@@ -340,7 +359,7 @@ def test_prune_spares_what_a_query_may_still_read(project: Path) -> None:
 def test_a_half_pruned_generation_is_not_rolled_back_to(project: Path) -> None:
     pipeline, folders = build_three(project)
     (pipeline.workspace.root / manifest(folders[1])["codes"][0]).unlink()
-    with pytest.raises(InputError, match=r"was pruned .codes/.*faiss is gone.; run `msif rebuild CONFIG`"):
+    with pytest.raises(InputError, match=r"is not here or pruned .codes/.*faiss is gone.; run `msif rebuild CONFIG`"):
         generations.rollback(pipeline.workspace)
     assert pipeline.workspace.published() == folders[2].name
 

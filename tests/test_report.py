@@ -116,7 +116,24 @@ def test_the_table_is_read_without_a_copy(attribution: Attribution) -> None:
 
 def test_polars_takes_the_table(attribution: Attribution) -> None:
     polars = pytest.importorskip("polars", reason="polars is not installed")
+    column = attribution.table["score"].chunk(0)
+    taken = polars.from_arrow(column).to_arrow()
+    assert taken.buffers()[1].address == column.buffers()[1].address, "without a copy"
     assert polars.from_arrow(attribution.table).height == attribution.table.num_rows
+
+
+def test_a_page_of_some_queries(attribution: Attribution, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page stays small enough to open: the first of many queries, or the ones that are named."""
+    name = attribution.query_ids[1]
+    page = attribution.to_html(tmp_path / "one.html", [name]).read_text()
+    assert re.findall(r'<section id="(\w+)"', page) == ["q2"]
+    assert "This page shows 1 of the run’s 3 queries" in page
+    assert "<b>red water</b>" not in page
+    monkeypatch.setattr("msif_core.attribution.PAGE_QUERIES", 2)
+    page = attribution.to_html(tmp_path / "two.html").read_text()
+    assert re.findall(r'<section id="(\w+)"', page) == ["q1", "q2"]
+    with pytest.raises(InputError, match="has no query 'absent'"):
+        attribution.to_html(tmp_path / "none.html", ["absent"])
 
 
 def test_not_an_attribution(tmp_path: Path) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
@@ -64,7 +67,7 @@ class QueryView:
 
     number: int
     row: dict[str, Any]
-    members: list[tuple[int, str]]
+    members: list[tuple[int | None, str]]
     proponents: list[RankedDocument]
     opponents: list[RankedDocument]
     n_ranked: tuple[int, int]
@@ -88,8 +91,8 @@ class QueryView:
         return self.proponents[0] if self.proponents else None
 
 
-def render(attribution: Attribution) -> str:
-    """The page, one HTML string without outside assets."""
+def render(attribution: Attribution, shown: Sequence[str]) -> str:
+    """The page of the queries `shown`, by their ids: one HTML string without outside assets."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -97,7 +100,12 @@ def render(attribution: Attribution) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": charts.number, "level": charts.level, "breakable": breakable}
+    environment.filters |= {
+        "number": charts.number,
+        "level": charts.level,
+        "breakable": breakable,
+        "thousands": "{:,}".format,
+    }
     manifest = attribution.manifest
     settings = manifest.get("settings", {})
     return environment.get_template("page.html.j2").render(
@@ -111,7 +119,8 @@ def render(attribution: Attribution) -> str:
         recall=recall_rows(manifest.get("recall") or {}),
         levels=level_ranges(manifest),
         stored=json.dumps(settings, indent=1),
-        queries=query_views(attribution),
+        queries=query_views(attribution, shown),
+        n_queries=len(attribution.query_ids),
         chart_width=charts.WIDTH,
         chart_height=charts.HEIGHT,
     )
@@ -140,20 +149,21 @@ def recall_rows(recall: dict[str, Any]) -> list[tuple[str, float]]:
     return [(f"{100 * float(share):g}%", float(value)) for share, value in found.items()]
 
 
-def query_views(attribution: Attribution) -> list[QueryView]:
-    """All queries in their order."""
+def query_views(attribution: Attribution, shown: Sequence[str]) -> list[QueryView]:
+    """The queries `shown`, in the run's order; a set links to those of its members that are among them."""
     tables = (attribution.table, attribution.layers, attribution.samples, attribution.candidates)
-    parts = [_by_query(table) for table in tables]
-    numbers = {name: number for number, name in enumerate(attribution.query_ids, 1)}
+    parts = [_by_query(table, shown) for table in tables]
+    numbers = {name: number for number, name in enumerate(attribution.query_ids, 1) if name in set(shown)}
     return [
         _query_view(attribution, numbers, row, *(part.get(row["query_id"], []) for part in parts))
         for row in attribution.queries.to_pylist()
+        if row["query_id"] in numbers
     ]
 
 
-def _by_query(table: Any) -> dict[str, list[dict[str, Any]]]:
+def _by_query(table: pa.Table, shown: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     rows = defaultdict(list)
-    for row in table.to_pylist():
+    for row in table.filter(pc.field("query_id").isin(list(shown))).to_pylist():
         rows[row["query_id"]].append(row)
     return rows
 
@@ -192,7 +202,7 @@ def _query_view(
     return QueryView(
         numbers[row["query_id"]],
         row,
-        [(numbers[name], name) for name in row["members"] or []],
+        [(numbers.get(name), name) for name in row["members"] or []],
         _folded(proponents),
         _folded(opponents),
         (len(proponents), len(opponents)),

@@ -141,7 +141,10 @@ def test_story(config: Path, url: str, msif: Msif) -> None:
     rows = [[row[key] for key in ranked] for row in pq.read_table(root / "old.parquet").to_pylist()]
     assert rows == [[row[key] for key in ranked] for row in influences], "the generation before answers as it did"
     assert msif("rollback", config).returncode == 2
-    assert msif("rebuild", config).returncode == 0
+    again = msif("rebuild", config)
+    assert f"`msif rollback CONFIG --to {second}` publishes it" in " ".join(again.stdout.split())
+    assert published(config) == generation, "a rebuild does not undo a rollback"
+    assert msif("rollback", config, "--to", second).returncode == 0
     assert published(config) == second
     pruned = msif("prune", config, "--keep", "1", "--grace-hours", "0")
     assert pruned.returncode == 0, pruned.stderr

@@ -41,9 +41,10 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 @pytest.fixture(scope="module")
 def screenshots(request: pytest.FixtureRequest) -> Path:
-    """Kept as the tests' output: .pytest_cache/d/screenshots."""
-    assert request.config.cache
-    return Path(request.config.cache.mkdir("screenshots"))
+    """Kept as the tests' output, in a folder that git does not track."""
+    folder = request.config.rootpath / ".pytest_cache" / "screenshots"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def field(title: str) -> str:
