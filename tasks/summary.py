@@ -26,7 +26,11 @@ def generation(manifest: Row, headline: str, folder: Path, published: bool) -> s
         "generation before": f"`{manifest['parent']}`" if manifest.get("parent") else "none",
         **{f"factors of {stage}": f"`{factors}`" for stage, factors in manifest.get("factors", {}).items()},
     }
-    parts = [f"# Generation {manifest['generation']}", headline, table(("", ""), [*facts.items()])]
+    parts = [
+        f"# Generation {manifest['generation']}",
+        headline[:1].upper() + headline[1:],
+        table(("", ""), [*facts.items()]),
+    ]
     if changes := manifest.get("changes"):
         parts += ["## What changed", table(("", *_columns(changes)), _rows(changes))]
     if measured := recall.get("recall_at_10"):
@@ -50,11 +54,11 @@ def generation(manifest: Row, headline: str, folder: Path, published: bool) -> s
 
 def attribution(found: Attribution, page: Path) -> str:
     """The strongest documents of each query, and where the whole answer is."""
-    rows = found.table.to_pylist()
+    rows, asked = found.table.to_pylist(), len(found.query_ids)
     manifest = found.manifest
     parts = [
         f"# Attribution {found.run_id}",
-        f"{len(found.query_ids):,} queries, {manifest['n_rescored']:,} sequences scored exactly in "
+        f"{asked:,} {'query' if asked == 1 else 'queries'}, {manifest['n_rescored']:,} sequences scored exactly in "
         f"{manifest['seconds']:,.1f} s, generation `{manifest['generation']}`. "
         "A positive score: more training on the document would lower the loss of the answer.",
         f"Page: [{page.name}]({page.as_uri()}), `{page}`",
@@ -75,8 +79,8 @@ def attribution(found: Attribution, page: Path) -> str:
         ]
         heading = f"## {cell(shortened(query['prompt'], 80))} → {cell(shortened(query['completion'], 80))}"
         parts += [heading, table(("side", "rank", "score", "percentile", "document", "text"), cells)]
-    if (left := len(found.query_ids) - QUERIES) > 0:
-        parts.append(f"{left:,} more queries are on the page.")
+    if asked > QUERIES:
+        parts.append(f"{asked - QUERIES:,} more queries are in the answer: on the page, in SQL.")
     return "\n\n".join(parts)
 
 

@@ -34,7 +34,7 @@ def test_generation(tmp_path: Path) -> None:
         "drift": {"sequences": 256, **DRIFT, "maps": {"layers.0.dense": {**DRIFT, "difference": 0.5}}},
     }  # fmt: skip
     text = summary.generation(manifest, "incremental, factors kept", tmp_path, published=False)
-    assert "incremental, factors kept" in text
+    assert "Incremental, factors kept" in text
     assert "| published | **no** |" in text
     assert "| sequences | 12,345 |" in text
     assert "| documents | 3 | 1 | – |" in text
