@@ -134,7 +134,9 @@ class IndexSettings(Settings):
         "auto", description="auto: flat to 1,000 sequences, RaBitQ above, IVF above 5 million."
     )
     bits: int = Field(1, ge=1, le=9, description="Bits per dimension of a RaBitQ code.")
-    query_bits: int = Field(8, ge=0, le=8, description="Bits of the query in RaBitQ; 0 is exact and slow.")
+    query_bits: int = Field(
+        4, ge=0, le=8, description="Bits of the query in RaBitQ (docs/performance.md); 0 is exact and slow."
+    )
     recall_queries: int = Field(60, ge=0, description="Held-out queries that measure recall at a build.")
     recall_sample: int = Field(20_000, ge=1, description="Sequences scored exactly to measure recall.")
     min_recall: float = Field(
