@@ -12,7 +12,7 @@ from torch import nn
 from msif_core.batching import Batch, Sequences, batches
 from msif_core.capture import capture, forward
 from msif_core.curvature.fit import sum_dtype
-from msif_core.curvature.gradients import CHUNK_ENTRIES, gradient_chunks, per_sequence_gradients
+from msif_core.curvature.gradients import CHUNK_ENTRIES, PerSequenceGradients, gradient_chunks
 from msif_core.losses import target_loss, target_losses
 from msif_core.models import TrackedMap
 
@@ -67,6 +67,7 @@ def query_gradients(
         for column in zip(*((q, row, w) for q, term in enumerate(terms) for row, w in term.items()), strict=True)
     )
     found = {m.name: torch.zeros(len(terms), *m.shape, dtype=dtype, device=device) for m in maps}
+    formed = PerSequenceGradients()
     for batch in batches(sequences, batch_tokens, device):
         place = torch.full((len(sequences),), -1, device=device)
         place[torch.from_numpy(batch.rows).to(device)] = torch.arange(len(batch.rows), device=device)
@@ -74,7 +75,7 @@ def query_gradients(
 
         def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, at: torch.Tensor = at) -> None:
             for part in gradient_chunks(m, len(a)):
-                gradients = per_sequence_gradients(a[part].to(dtype), d[part].to(dtype))
+                gradients = formed(a[part].to(dtype), d[part].to(dtype))
                 used = (at >= part.start) & (at < part.stop)
                 own = gradients[at[used] - part.start] * weights[used, None, None, None].to(dtype)
                 found[m.name].index_add_(0, owners[used], own)
@@ -101,6 +102,7 @@ def score_sequences(
     queries = next(iter(filtered.values())).shape[0]
     flat = {name: v.to(device, dtype).flatten(1) for name, v in filtered.items()}
     scores = np.zeros((queries, len(sequences)), dtype=np.float64)
+    formed = PerSequenceGradients()
     for batch in batches(sequences, batch_tokens, device):
         total = torch.zeros(queries, len(batch.rows), dtype=torch.float64, device=device)
 
@@ -109,7 +111,7 @@ def score_sequences(
                 total[0] += token_products(m, filtered[m.name][0], a.to(dtype), d.to(dtype)).sum(dim=1)
             else:
                 for part in gradient_chunks(m, len(a)):
-                    gradients = per_sequence_gradients(a[part].to(dtype), d[part].to(dtype))
+                    gradients = formed(a[part].to(dtype), d[part].to(dtype))
                     total[:, part] += flat[m.name] @ gradients.flatten(1).mT
 
         capture(model, maps, batch, target_loss(task), consume)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -19,9 +20,24 @@ def gradient_chunks(tracked: TrackedMap, count: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, count, step))
 
 
-def per_sequence_gradients(a: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-    """sum_t d_t a_t^T of each sequence, [N, G, b, d_in], from a [N, T, d_in] and d [N, T, G, b]."""
-    return torch.bmm(d.flatten(2).mT, a).unflatten(1, d.shape[2:])
+class PerSequenceGradients:
+    """sum_t d_t a_t^T of each sequence, [N, G, b, d_in], from a [N, T, d_in] and d [N, T, G, b]; the next call's too.
+
+    One memory for all calls: on a CPU, the pages that the system hands out anew for each result cost as much time as
+    the product.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def __call__(self, a: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+        """The gradients; they stand until the next call."""
+        rows = d.flatten(2).mT
+        shape = (len(a), rows.shape[1], a.shape[2])
+        if self._memory.numel() < math.prod(shape) or (self._memory.device, self._memory.dtype) != (a.device, a.dtype):
+            self._memory = a.new_empty(math.prod(shape))
+        out = self._memory[: math.prod(shape)].view(shape)
+        return torch.bmm(rows, a, out=out).unflatten(1, d.shape[2:])
 
 
 class RotatedGradients:
@@ -35,9 +51,13 @@ class RotatedGradients:
         self.factors = factors
         self._inputs: torch.Tensor | None = None
         self._rotated: torch.Tensor | None = None
+        self._gradients = PerSequenceGradients()
 
     def chunks(self, m: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Rows of the batch and their rotated gradients [n, G, b, d_in], from a [N, T, d_in] and d [N, T, G, b]."""
+        """Rows of the batch and their rotated gradients [n, G, b, d_in], from a [N, T, d_in] and d [N, T, G, b].
+
+        A chunk's gradients stand until the next one is asked for.
+        """
         factors = self.factors[m.name]
         Q_A, Q_S = factors.Q_A, factors.Q_S
         tokens = a.shape[1] * (m.d_in**2 + m.groups * m.shape[1] ** 2)
@@ -46,10 +66,10 @@ class RotatedGradients:
                 self._inputs, self._rotated = a, a.to(Q_A.dtype) @ Q_A
             outputs = rotate_outputs(d.to(Q_A.dtype), Q_S)
             for part in gradient_chunks(m, len(a)):
-                yield part, per_sequence_gradients(self._rotated[part], outputs[part])
+                yield part, self._gradients(self._rotated[part], outputs[part])
         else:
             for part in gradient_chunks(m, len(a)):
-                yield part, factors.rotate(per_sequence_gradients(a[part].to(Q_A.dtype), d[part].to(Q_A.dtype)))
+                yield part, factors.rotate(self._gradients(a[part].to(Q_A.dtype), d[part].to(Q_A.dtype)))
 
 
 def rotate_outputs(d: torch.Tensor, Q_S: torch.Tensor) -> torch.Tensor:
