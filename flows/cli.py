@@ -361,6 +361,7 @@ def print_retraining(result: dict[str, Any]) -> None:
     columns += [("mrr", "gold", "MRR"), ("recall_at_10", "gold", "gold in top 10")]
     columns += [("tail_patch", "all", "a step on the top 10"), ("left_out", "gold", "without the top")]
     table = Table("method", *(head for _, _, head in columns), title=title)
+    table.columns[0].min_width = len("multi-stage,")
     for method in dict.fromkeys(m["method"] for m in result["metrics"]):
         cells = []
         for metric, group, _ in columns:
