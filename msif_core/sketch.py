@@ -1,9 +1,9 @@
 """Sketches of whitened gradients: signed folding, then one randomized Hadamard transform.
 
-A gradient is the concatenation of its maps' entries in their eigenbases, D coordinates in all. Coordinate p
-goes, with a random sign, to bucket p mod M; with D <= M nothing collides and the sketch is exact. M shares no
-factor with the maps' row lengths, so that the few strong columns of a map do not all meet in one bucket. The
-folded vector is mixed by a randomized Hadamard transform, which spreads every map over all dimensions: a code
+A gradient is the concatenation of its maps' entries in their eigenbases (without whitening: as they are), D coordinates
+in all. Coordinate p goes, with a random sign, to bucket p mod M; with D <= M nothing collides and the sketch is exact.
+M shares no factor with the maps' row lengths, so that the few strong columns of a map do not all meet in one bucket.
+The folded vector is mixed by a randomized Hadamard transform, which spreads every map over all dimensions: a code
 that keeps one norm per vector (RaBitQ) then loses nothing to maps of unequal scale.
 
 The error of an inner product is about |phi| |psi| / sqrt(M), as for the subsampled transform of the whole
@@ -27,8 +27,8 @@ from msif_core.capture import Consume, capture
 from msif_core.chain import Chain
 from msif_core.curvature.factors import Factors
 from msif_core.curvature.filters import SpectralFilter
-from msif_core.curvature.fit import partitions
-from msif_core.curvature.gradients import RotatedGradients
+from msif_core.curvature.fit import partitions, sum_dtype
+from msif_core.curvature.gradients import PlainGradients, RotatedGradients
 from msif_core.errors import InputError
 from msif_core.losses import target_loss, uniforms
 from msif_core.models import TrackedMap
@@ -36,7 +36,7 @@ from msif_core.models import TrackedMap
 if TYPE_CHECKING:
     from msif_core.config import SketchSettings
 
-VERSION = 1
+VERSION = 2
 FloatArray = npt.NDArray[np.float32]
 Gradients = dict[str, torch.Tensor]
 
@@ -82,6 +82,11 @@ class Sketcher:
         self.fold = fold_length(settings.dimensions, {m.d_in for m in maps})
         self._signs = random_signs(settings.dimensions, settings.seed + 1)
 
+    @property
+    def rotates(self) -> bool:
+        """Whether gradients are seen in the eigenbases; without whitening they stay as they are, which is cheaper."""
+        return self.settings.whitening != "none"
+
     def manifest(self) -> dict[str, Any]:
         """What must agree for sketches to be comparable."""
         return {
@@ -106,7 +111,8 @@ class Sketcher:
     def document_weight(self, name: str) -> torch.Tensor:
         """Whitening of a document's rotated gradient of one map, [G, b, d_in].
 
-        eigen: f^(1/2). kronecker: its rank-one fit, row times column. none: 1. Zero where f is.
+        eigen: f^(1/2). kronecker: its rank-one fit, row times column. none: 1, of the gradient as it is. Zero where
+        f is.
         """
         f = self.filter.attributed(self.factors[name].eigenvalues)
         if self.settings.whitening == "none":
@@ -133,18 +139,19 @@ class Sketcher:
         folded = torch.zeros(len(sequences), self.fold)
         for maps in partitions(self.maps, budget_gb):
             weights = {m.name: self._signed(m, self.document_weight(m.name)).to(device) for m in maps}
-            rotated = RotatedGradients({m.name: self.factors[m.name] for m in maps})
+            factors = {m.name: self.factors[m.name] for m in maps}
+            formed = RotatedGradients(factors) if self.rotates else PlainGradients(sum_dtype(model))
             for batch in batches(sequences, batch_tokens, device):
                 found = torch.zeros(len(batch.rows), self.fold, device=device)
-                capture(model, maps, batch, target_loss(self.task), self._folding(found, rotated, weights))
+                capture(model, maps, batch, target_loss(self.task), self._folding(found, formed, weights))
                 folded[batch.rows] += found.cpu()
         return self._mix(folded).numpy()
 
-    def _folding(self, folded: torch.Tensor, rotated: RotatedGradients, weights: Gradients) -> Consume:
-        """Adds a map's rotated, weighted gradients to `folded` [N, fold]."""
+    def _folding(self, folded: torch.Tensor, formed: RotatedGradients | PlainGradients, weights: Gradients) -> Consume:
+        """Adds a map's weighted gradients to `folded` [N, fold]."""
 
         def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> None:
-            for part, gradients in rotated.chunks(m, a, d):
+            for part, gradients in formed.chunks(m, a, d):
                 self._add(folded[part], gradients.flatten(1).float().mul_(weights[m.name]), self.offsets[m.name])
 
         return consume
@@ -154,10 +161,11 @@ class Sketcher:
         first = next(iter(gradients.values()))
         folded = torch.zeros(len(first), self.fold, device=first.device)
         for m in self.maps:
-            if m.name not in gradients or (rotated := chain.rotated(m.name, gradients[m.name])) is None:
+            seen = chain.rotated if self.rotates else chain.filter
+            if m.name not in gradients or (V := seen(m.name, gradients[m.name])) is None:
                 continue
-            weight = self._signed(m, self.query_weight(m.name)).to(first.device)
-            self._add(folded, rotated.float().flatten(1) * weight, self.offsets[m.name])
+            weight = self.query_weight(m.name) if self.rotates else torch.ones(m.shape)
+            self._add(folded, V.float().flatten(1) * self._signed(m, weight).to(first.device), self.offsets[m.name])
         return self._mix(folded).cpu().numpy()
 
     def _signed(self, m: TrackedMap, weight: torch.Tensor) -> torch.Tensor:

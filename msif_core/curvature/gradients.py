@@ -40,6 +40,19 @@ class PerSequenceGradients:
         return torch.bmm(rows, a, out=out).unflatten(1, d.shape[2:])
 
 
+class PlainGradients:
+    """Per-sequence gradients as they are, in the dtype of the sums."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._gradients = PerSequenceGradients()
+
+    def chunks(self, m: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """As those of `RotatedGradients`."""
+        for part in gradient_chunks(m, len(a)):
+            yield part, self._gradients(a[part].to(self._dtype), d[part].to(self._dtype))
+
+
 class RotatedGradients:
     """Per-sequence gradients in the eigenbases of `factors`, in the factors' dtype.
 
