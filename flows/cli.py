@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -357,10 +358,10 @@ def print_retraining(result: dict[str, Any]) -> None:
     title = f"Against retraining on {result['subsets']} subsets, {result['repeats']} of them with two seeds"
     metrics = {(m["method"], m["metric"], m["queries"]): m for m in result["metrics"]}
     groups = [group for group in ("all", "gold", "control") if any(key[1:] == ("lds", group) for key in metrics)]
-    columns = [("lds", group, f"LDS, {group}") for group in groups]
-    columns += [("mrr", "gold", "MRR"), ("recall_at_10", "gold", "gold in top 10")]
-    columns += [("tail_patch", "all", "a step on the top 10"), ("left_out", "gold", "without the top")]
-    table = Table("method", *(head for _, _, head in columns), title=title)
+    columns = [("lds", group, f"LDS\n{group}") for group in groups]
+    columns += [("mrr", "gold", "MRR"), ("recall_at_10", "gold", "gold in\ntop 10")]
+    columns += [("tail_patch", "all", "a step on\nthe top 10"), ("left_out", "gold", "without\nthe top")]
+    table = Table("method", *(head for _, _, head in columns), title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.columns[0].min_width = len("multi-stage,")
     for method in dict.fromkeys(m["method"] for m in result["metrics"]):
         cells = []
