@@ -16,7 +16,7 @@ from msif_core.curvature.factors import MapFactors
 from msif_core.models import TrackedMap
 
 VOCABULARY = 2048
-CURVATURE: Any = SimpleNamespace(include=".*", track_unembedding=False, qkv_split="projection")
+CURVATURE: Any = SimpleNamespace(include=".*", track_unembedding=False, block_size=None, qkv_split="projection")
 """The default curvature settings; plain, because a bare GPU machine has no pydantic."""
 
 

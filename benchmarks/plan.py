@@ -3,7 +3,8 @@
     python -m benchmarks.plan [--quick] [--out runs/bench]
 
 The models are random GPT-NeoX, the documents random tokens. Each step is a new process; its seconds are counted after
-imports and the loading of the model, its memory is the largest resident size of the whole process.
+imports and the loading of the model (a query's are those of the second one), its memory is the largest resident size
+of the whole process.
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ def once(config: Config, name: str) -> None:
     pipeline = Pipeline(config)
     pipeline.model(pipeline.target)
     run = steps(pipeline)[name]
+    if name == "one query":
+        run()  # the plan is of a query to a process that has answered before
     started = time.perf_counter()
     run()
     print(json.dumps([time.perf_counter() - started, machine.peak_bytes()]))

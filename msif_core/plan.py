@@ -47,9 +47,15 @@ KNOWN: dict[str, dict[str, Any]] = {
     "EleutherAI/pythia-2.8b": _PYTHIA
     | {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240}
     | {"vocab_size": 50304},
+    "EleutherAI/pythia-6.9b": _PYTHIA
+    | {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 16384}
+    | {"vocab_size": 50432},
     "EleutherAI/pythia-12b": _PYTHIA
     | {"hidden_size": 5120, "num_hidden_layers": 36, "num_attention_heads": 40, "intermediate_size": 20480}
     | {"vocab_size": 50688},
+    "databricks/dolly-v2-12b": _PYTHIA
+    | {"hidden_size": 5120, "num_hidden_layers": 36, "num_attention_heads": 40, "intermediate_size": 20480}
+    | {"vocab_size": 50280},
     "databricks/dolly-v2-3b": _PYTHIA
     | {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240}
     | {"vocab_size": 50280},
@@ -100,7 +106,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """All of it; `index_bytes` are the published codes and each shard's centre, `recall_sweeps` the passes over the sample of recall."""
+    """All of it; `index_bytes` are codes and each shard's centre, `recall_sweeps` the passes over recall's sample."""
 
     rates: Rates
     devices: int
@@ -358,7 +364,7 @@ def query_steps(config: Config, last: _Planned, target: _Planned, speed: Rates, 
     memory = footprint.of_query(config, last.work, work, weights, shown)
     operations = passes + products + scoring + outer
     return [
-        Step("search", size.name, 0.0, searched / SEARCH_RATE),
+        Step("search", size.name, 0.0, 2 * searched / SEARCH_RATE),  # for and against
         Step("one query", size.name, operations, seconds, 1, memory, target.times is not None),
     ]
 

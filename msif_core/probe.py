@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ LONGEST = 30.0
 SHARE_OF_MEMORY = 0.2
 """Of the machine's memory that a probe may take."""
 REPEATS = 2
-"""Runs of each pass after one to warm up; the fastest counts."""
+"""Runs of each pass after one to warm up; their mean counts: so will the real runs' be."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _time_passes(config: Config, stage: Stage, model: nn.Module, sequences: Sequ
             "sketches": lambda _: sketcher.documents(model, sequences, batch, budget),
             "scores": lambda _: scoring.score_sequences(model, maps, query, sequences, batch, task=stage.task),
         }
-        return {name: _fastest(run, device) for name, run in passes.items()}
+        return {name: _mean_seconds(run, device) for name, run in passes.items()}
 
 
 def _random_factors(folder: Path, maps: list[models.TrackedMap], device: str) -> Factors:
@@ -138,7 +139,7 @@ def _random_factors(folder: Path, maps: list[models.TrackedMap], device: str) ->
     return Factors(folder, {"maps": files, "mean_targets": 1.0, "sequences": 1}, device, None)
 
 
-def _fastest(run: Callable[[int], object], device: torch.device) -> float:
+def _mean_seconds(run: Callable[[int], object], device: torch.device) -> float:
     times = []
     for turn in range(1 + REPEATS):
         started = time.perf_counter()
@@ -146,4 +147,4 @@ def _fastest(run: Callable[[int], object], device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    return min(times[1:])
+    return statistics.mean(times[1:])

@@ -24,6 +24,7 @@ def config_of(tmp_path: Path, model: str, **changes: object) -> Config:
     ("model", "parameters"),
     [
         ("EleutherAI/pythia-2.8b", 2_775_208_960),
+        ("EleutherAI/pythia-6.9b", 6_857_302_016),
         ("EleutherAI/pythia-12b", 11_846_072_320),
         ("bigscience/bloom-560m", 559_214_592),
     ],
