@@ -355,14 +355,14 @@ def query_steps(config: Config, last: _Planned, target: _Planned, speed: Rates, 
     stages = len(config.stages) - config.attributed_index
     # The query's gradient is filtered for its sketch, its scores and their parts; the shown documents' once, back.
     products = last.work.filtering(3 * stages) + shown * (work.filtering(stages) + work.gradients())
-    scored = count * query_sweeps(config, last.work, 1) + shown
+    scored = count * query_sweeps(config, last.work, 1) + shown  # each sweep for some of the maps
     passes = 4 * last.work.forward_backward() + shown * work.forward_backward()
-    scoring, outer = scored * work.forward_backward(), scored * work.gradients()
+    scoring, dots = scored * work.forward_backward(), (count + shown) * work.gradients()
     seconds = _seconds(target, "scores", 1, scored)
-    seconds = speed.seconds(passes, products) + (seconds or speed.seconds(scoring, outer))
+    seconds = speed.seconds(passes, products) + (seconds or speed.seconds(scoring, dots))
     weights = size.model_bytes + (last.size.model_bytes if last is not target else 0)
     memory = footprint.of_query(config, last.work, work, weights, shown)
-    operations = passes + products + scoring + outer
+    operations = passes + products + scoring + dots
     return [
         Step("search", size.name, 0.0, 2 * searched / SEARCH_RATE),  # for and against
         Step("one query", size.name, operations, seconds, 1, memory, target.times is not None),
