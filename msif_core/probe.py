@@ -80,6 +80,8 @@ def _shallow(model: Any, layers: int) -> nn.Module:
     """The same architecture with that many layers, weights random."""
     settings = copy.deepcopy(model.config)
     settings.num_hidden_layers = layers
+    if getattr(settings, "layer_types", None):
+        settings.layer_types = settings.layer_types[:layers]
     return models.freeze(type(model)(settings))
 
 
