@@ -326,7 +326,8 @@ def index_steps(config: Config, planned: _Planned, sweeps: int, speed: Rates) ->
     work, size = planned.work, planned.size
     count = size.sequences + min(TRAINING_SAMPLE, size.sequences, config.corpus.shard_sequences)
     m = config.sketch.dimensions
-    model, products = count * size.passes * work.forward_backward(), work.rotation() + 3.0 * work.tracked
+    rotation = 0.0 if config.sketch.whitening == "none" else work.rotation()
+    model, products = count * size.passes * work.forward_backward(), rotation + 3.0 * work.tracked
     products, outer = count * (products + 2.0 * m * math.log2(m)), count * work.gradients()
     seconds = _seconds(planned, "sketches", (size.shards + 1) * size.passes, count * size.passes)
     seconds = seconds or speed.seconds(model, products, outer)
