@@ -18,7 +18,7 @@ from benchmarks import machine, plots, tables
 
 SECTIONS = {
     "floor": "benchmarks.floor", "peers": "benchmarks.peers", "search": "benchmarks.search",
-    "endtoend": "benchmarks.endtoend", "workers": "benchmarks.workers",
+    "endtoend": "benchmarks.endtoend", "plan": "benchmarks.plan", "workers": "benchmarks.workers",
 }  # fmt: skip
 LIMIT = {False: 900.0, True: 300.0}
 """Seconds that a section may take, full and quick."""

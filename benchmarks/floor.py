@@ -39,10 +39,10 @@ Pass = tuple[Callable[[], object], float]
 class Passes:
     """Every pass at one size: what to call, and the operations that it needs at least, per call."""
 
-    def __init__(self, size: inputs.Size, device: str, dtype: torch.dtype, batch_tokens: int) -> None:
+    def __init__(self, size: inputs.Size, device: str, dtype: torch.dtype, batch_tokens: int, curvature: Any) -> None:
         self.size = size
         model = size.model(device, dtype)
-        maps = models.tracked_maps(model, inputs.CURVATURE)
+        maps = models.tracked_maps(model, curvature)
         sequences = size.data()
         factors: Any = inputs.random_factors(maps, device)
         sketcher = Sketcher(maps, factors, Damped(0.1), SKETCH, "causal_lm")
@@ -116,6 +116,30 @@ def measure(label: str, passes: Passes, repeats: int, device: str, dtype: torch.
     return tables.Table(f"Floor: {passes.tracked / 1e6:.1f} M tracked parameters ({label})", columns, rows, notes)
 
 
+def blocks(label: str, size: inputs.Size, device: str, dtype: torch.dtype, batch_tokens: int) -> tables.Table:
+    """The passes with curvature in blocks, timed in turns, as multiples of their time with whole maps."""
+    variants = {
+        "whole maps": inputs.curvature("none"),
+        "by projection (the default)": inputs.curvature(),
+        "by head": inputs.curvature("head"),
+        "by projection, block_size of the hidden width": inputs.curvature(block_size=size.hidden),
+        "by head, block_size of half the hidden width": inputs.curvature("head", size.hidden // 2),
+    }
+    names = ("covariances", "eigenvalues", "sketch")
+    passes = {v: Passes(size, device, dtype, batch_tokens, settings).passes for v, settings in variants.items()}
+    timed = {f"{v}/{name}": passes[v][name][0] for v in variants for name in names}
+    took = machine.medians(machine.interleaved(timed, REPEATS, device))
+    whole = next(iter(variants))
+    rows: list[list[tables.Cell]] = []
+    for v in variants:
+        times = [took[f"{v}/{name}"] / took[f"{whole}/{name}"] for name in names]
+        counts = [passes[v][name][1] / passes[whole][name][1] for name in names]
+        rows.append([v, *times, *counts])
+    columns = ["curvature", *names, *(f"operations of {name}" for name in names)]
+    note = "Relative to whole maps; `sketch` with its weights, which are paid once a shard."
+    return tables.Table(f"Blocks of the curvature: {label}", columns, rows, [note])
+
+
 def profile(passes: Passes, device: str) -> tables.Table:
     """Where the time of the heaviest passes goes: share of each operator's own time."""
     activity = torch.profiler.ProfilerActivity
@@ -148,10 +172,13 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     found = []
     for label, size in sizes.items():
-        passes = Passes(replace(size, **changes), options.device, dtype, options.batch_tokens)
+        passes = Passes(replace(size, **changes), options.device, dtype, options.batch_tokens, inputs.curvature())
         found.append(measure(label, passes, REPEATS, options.device, dtype))
         if label != "3 M":
             found.append(profile(passes, options.device))
+        if label == next(iter(sizes)):
+            blocked = replace(size, **{"sequences": 32, **changes}, queries=1)
+            found.append(blocks(label, blocked, options.device, dtype, options.batch_tokens))
         tables.save(options.out / "floor.json", found)
     print("\n".join(table.markdown() for table in found))
 

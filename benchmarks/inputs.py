@@ -16,8 +16,11 @@ from msif_core.curvature.factors import MapFactors
 from msif_core.models import TrackedMap
 
 VOCABULARY = 2048
-CURVATURE: Any = SimpleNamespace(include=".*", track_unembedding=False, qkv_split="projection")
-"""The default curvature settings; plain, because a bare GPU machine has no pydantic."""
+
+
+def curvature(qkv_split: str = "projection", block_size: int | None = None) -> Any:
+    """Curvature settings, the default ones but for these; plain, because a bare GPU machine has no pydantic."""
+    return SimpleNamespace(include=".*", track_unembedding=False, block_size=block_size, qkv_split=qkv_split)
 
 
 @dataclass(frozen=True)

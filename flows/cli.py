@@ -245,15 +245,17 @@ def plan(
     sequences: Annotated[
         list[str] | None, typer.Option(help="STAGE=COUNT where a stage's documents are not at hand.")
     ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="Accelerators, or machines, that share the work.")] = 1,
 ) -> None:
-    """What it will take: parameters tracked, bytes, operations and hours of each step. Builds nothing."""
+    """What it will take: parameters tracked, bytes, memory, operations and hours of each step. Builds nothing."""
     from flows.show_plan import print_plan
     from msif_core.plan import make_plan
 
     pairs = [pair.partition("=") for pair in sequences or []]
     if bad := [pair for pair in pairs if not pair[2].isdigit() or not int(pair[2])]:
         raise InputError(f"--sequences {''.join(bad[0])}: expected STAGE=COUNT, for example pretrain=100000")
-    print_plan(make_plan(Config.load(config), device, {name: int(count) for name, _, count in pairs}), console)
+    given = {name: int(count) for name, _, count in pairs}
+    print_plan(make_plan(Config.load(config), device, given, devices), console)
 
 
 @app.command()

@@ -22,17 +22,35 @@ def print_plan(plan: Plan, console: Console) -> None:
     for name, values in lines.items():
         stages.add_row(name, *values)
     console.print(stages)
-    steps = Table("step", "stage", "operations", "time")
+    steps = Table("step", "stage", "operations", "memory", "tasks", *_headings(plan.devices))
     for step in plan.steps:
-        operations = step.model_flops + step.statistics_flops + step.eigenbasis_flops
-        steps.add_row(step.name, step.stage, f"{operations:.2e}", _time(step.hours))
+        hours = [step.hours(n) for n in sorted({1, plan.devices})]
+        operations = f"{step.operations:.2e}" if step.operations else "–"
+        memory = _bytes(step.memory) if step.memory else "–"
+        steps.add_row(step.name, step.stage, operations, memory, str(step.tasks), *map(_time, hours))
     console.print(steps)
-    console.print(f"Times are for {plan.rates.device}.")
+    console.print(f"Times are for {plan.rates.device}; {_origin(plan)}. The build takes {_time(plan.hours)}.")
+    if plan.devices > 1:
+        console.print(
+            "Tasks are divided over the devices; eigenbases are one task a stage, a query and publishing one process."
+        )
+    console.print("Memory is the device's; of a CPU, the process's resident size. The search is one thread's.")
     console.print(f"Index: {plan.index_kind}, {_bytes(plan.index_bytes)}.")
     console.print(f"Recall: {plan.recall_sweeps} sweeps of its sample, for the queries' gradients to fit the budget.")
     for stage in plan.stages:
         if stage.assumed:
             console.print(f"Stage {stage.name}: {stage.assumed}.")
+
+
+def _headings(devices: int) -> list[str]:
+    return ["time"] if devices == 1 else ["on one", f"on {devices}"]
+
+
+def _origin(plan: Plan) -> str:
+    measured = [step.name for step in plan.steps if step.measured]
+    if not measured:
+        return "counted operations over its rates"
+    return f"{', '.join(dict.fromkeys(measured))} from a model of one and two layers, the rest from its rates"
 
 
 def _count(n: float) -> str:

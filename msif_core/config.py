@@ -106,6 +106,12 @@ class CurvatureSettings(Settings):
     qkv_split: Literal["none", "projection", "head"] = Field(
         "projection", description="How fused query-key-value maps are split into blocks."
     )
+    block_size: int | None = Field(
+        None,
+        ge=1,
+        description="Output rows of wider maps are cut into equal blocks no larger than this, each with a curvature "
+        "of its own: cheaper, and blind between blocks. Whole by default (the output head: 4096).",
+    )
     track_unembedding: bool = Field(False, description="Track the output head too.")
     include: str = Field(".*", description="Regular expression: names of the modules to track.")
     seed: int = Field(0, description="Seed of the sampled labels and of the sample of sequences.")

@@ -20,6 +20,12 @@ UTILISATION = 0.4
 GPU_EIGENBASES = 0.5e12
 """Operations a second of a float64 eigendecomposition on a GPU: an assumption, far below the matrix rate."""
 
+OUTER_SHARE = 0.5
+"""Rate of a per-sequence outer product, as a share of a square product's (docs/performance.md)."""
+
+MODEL_SHARE = 0.75
+"""Rate of a model's forward and backward, as a share of a square product's (docs/performance.md)."""
+
 PEAKS = {"a100": (312e12, 19.5e12), "h100": (989e12, 67e12), "h200": (989e12, 67e12)}
 """Operations a second of a 16-bit and of a 32-bit matrix product (data sheets, no sparsity, no TF32)."""
 
@@ -33,14 +39,23 @@ class Rates:
     statistics: float
     eigenbases: float
 
+    @property
+    def accelerator(self) -> bool:
+        """Whether steps run in an accelerator's own memory."""
+        return not self.device.startswith("cpu")
 
-def rates(config: Config, device: str) -> Rates:
-    """Of a device by name, or measured on this machine."""
+    def seconds(self, model: float, products: float, outer: float = 0.0) -> float:
+        """Of operations of the model, of matrix products, and of per-sequence outer products."""
+        return model / self.model + (products + outer / OUTER_SHARE) / self.statistics
+
+
+def rates(config: Config, device: str, widest: int) -> Rates:
+    """Of a device by name, or measured on this machine; eigenbases are `widest` at most."""
     if device == "measure":
         name = config.compute.device
         name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-        model = _measure(name, getattr(torch, config.compute.dtype))
-        return Rates(f"{name}, measured", model, _measure(name, torch.float32), _measure_eigh(name))
+        model = MODEL_SHARE * _measure(name, getattr(torch, config.compute.dtype))
+        return Rates(name, model, _measure(name, torch.float32), _measure_eigh(name, widest))
     if device not in PEAKS:
         raise InputError(f"device {device!r} is not known: measure, {', '.join(sorted(PEAKS))}")
     half, single = (UTILISATION * peak for peak in PEAKS[device])
@@ -55,10 +70,10 @@ def _measure(device: str, dtype: torch.dtype) -> float:
     return 2.0 * n**3 / _best(lambda: (x @ x)[0, 0].item())
 
 
-def _measure_eigh(device: str) -> float:
-    n = 4096 if device.startswith("cuda") else 384
+def _measure_eigh(device: str, widest: int) -> float:
+    n = min(widest, 4096 if device.startswith("cuda") else 1024)
     x = torch.randn(n, n, dtype=torch.float64).to(device)
-    return EIGH_FLOPS * n**3 / _best(lambda: torch.linalg.eigh(x + x.mT).eigenvalues[0].item())
+    return EIGH_FLOPS * n**3 / _best(lambda: torch.linalg.eigh(x + x.mT).eigenvalues[0].item(), 2)
 
 
 def _best(run: Callable[[], object], repeats: int = 5) -> float:

@@ -31,7 +31,7 @@ LAYOUTS = {("gpt_neox", "query_key_value"): "head", ("bloom", "query_key_value")
 """Order of the output rows of fused maps: `head` is [head, 3, head_dim], `qkv` is [3, head, head_dim]."""
 
 WIDEST_BLOCK = 4096
-"""A tracked head with more rows than this has its S cut into equal diagonal blocks that are no larger."""
+"""`curvature.block_size` of a tracked head, where none is set."""
 
 
 @dataclass(frozen=True)
@@ -195,16 +195,17 @@ def tracked_maps(model: Any, settings: CurvatureSettings) -> list[TrackedMap]:
             raise InputError(
                 f"{name}: tied to the embedding, whose gradient is not tracked; set curvature.track_unembedding: false"
             )
-        found.append(_describe(model, name, module, settings.qkv_split, module is head))
+        found.append(_describe(model, name, module, settings, module is head))
     if not found:
         raise InputError(f"curvature.include {settings.include!r} matches none of the linear maps: {sorted(linear)}")
     return found
 
 
-def _describe(model: nn.Module, name: str, module: Any, split: str, is_head: bool) -> TrackedMap:
+def _describe(model: nn.Module, name: str, module: Any, settings: CurvatureSettings, is_head: bool) -> TrackedMap:
     weight = module.weight
     d_in, d_out = weight.shape if isinstance(module, Conv1D) else reversed(weight.shape)
-    groups, permutation = (_head_blocks(int(d_out)), None) if is_head else _blocks(model, name, int(d_out), split)
+    groups, permutation = (1, None) if is_head else _blocks(model, name, int(d_out), settings.qkv_split)
+    groups *= _cuts(int(d_out) // groups, settings.block_size or (WIDEST_BLOCK if is_head else int(d_out)))
     parent, _, leaf = name.rpartition(".")
     siblings = next((s for s in SIBLINGS if leaf in s), None)
     group = f"{parent}.{'+'.join(sorted(siblings))}" if siblings else name
@@ -238,9 +239,9 @@ def _blocks(model: Any, name: str, d_out: int, split: str) -> tuple[int, tuple[i
     return 3, tuple(rows.transpose(0, 1).reshape(-1).tolist())
 
 
-def _head_blocks(d_out: int) -> int:
-    """Fewest equal blocks of an unembedding that are no wider than `WIDEST_BLOCK`; a prime one has a diagonal S."""
-    return next(g for g in range(1, d_out + 1) if d_out % g == 0 and d_out // g <= WIDEST_BLOCK)
+def _cuts(rows: int, widest: int) -> int:
+    """Fewest equal blocks of `rows` output rows that are no larger than `widest`; a prime number has a diagonal S."""
+    return next(g for g in range(1, rows + 1) if rows % g == 0 and rows // g <= widest)
 
 
 def coverage(model: nn.Module, maps: list[TrackedMap]) -> tuple[int, int]:

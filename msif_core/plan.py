@@ -1,14 +1,14 @@
 """What a configuration will take, before anything runs: parameters, bytes, operations and hours of each step.
 
-The models are built on the meta device: their shapes are there, their weights are not. Operations are those that
-the code does (METHOD section 6), one multiply-add counted as two.
+The models are built on the meta device: their shapes are there, their weights are not. Times of this machine are
+those of a model of one and of two layers (`probe`); of a named device, operations over a share of its peak rate.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,27 @@ import pyarrow.parquet as pq
 import torch
 import transformers
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from msif_core import records, storage
+from msif_core import footprint, probe, records, storage
 from msif_core.config import Config, HubDataset, Stage
 from msif_core.curvature.fit import partitions
-from msif_core.devices import EIGH_FLOPS, Rates, rates
+from msif_core.devices import Rates, rates
 from msif_core.errors import InputError
 from msif_core.index import kind_for
 from msif_core.models import TrackedMap, coverage, tracked_maps
-from msif_core.scoring import query_groups
+from msif_core.probe import PassTime
+from msif_core.scoring import COPIES, query_groups
+from msif_core.work import Work
 from msif_core.workspace import Workspace
+
+QUERY_STEPS = ("search", "one query")
+"""Steps of a question; the others build."""
+
+SEARCH_RATE = 3.5e9
+"""Bytes of codes that one thread searches in a second (docs/performance.md); as many threads, as many times that."""
+
+TRAINING_SAMPLE = 512
+"""Sequences that the index is trained on, sketched once more."""
 
 CHARACTERS_PER_TOKEN = 4.0
 """Of English text; used until a stage is tokenized."""
@@ -37,9 +47,15 @@ KNOWN: dict[str, dict[str, Any]] = {
     "EleutherAI/pythia-2.8b": _PYTHIA
     | {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240}
     | {"vocab_size": 50304},
+    "EleutherAI/pythia-6.9b": _PYTHIA
+    | {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 16384}
+    | {"vocab_size": 50432},
     "EleutherAI/pythia-12b": _PYTHIA
     | {"hidden_size": 5120, "num_hidden_layers": 36, "num_attention_heads": 40, "intermediate_size": 20480}
     | {"vocab_size": 50688},
+    "databricks/dolly-v2-12b": _PYTHIA
+    | {"hidden_size": 5120, "num_hidden_layers": 36, "num_attention_heads": 40, "intermediate_size": 20480}
+    | {"vocab_size": 50280},
     "databricks/dolly-v2-3b": _PYTHIA
     | {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240}
     | {"vocab_size": 50280},
@@ -70,21 +86,30 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Step:
-    """One step's operations: at the model's dtype, in float32, and in float64 on the CPU."""
+    """One step: operations, seconds on one device, into how many tasks it is cut, and its peak memory in bytes.
+
+    `measured` says that the seconds come from passes of a small model here, not from operations and a rate.
+    """
 
     name: str
     stage: str
-    model_flops: float
-    statistics_flops: float = 0.0
-    eigenbasis_flops: float = 0.0
-    hours: float = 0.0
+    operations: float
+    seconds: float
+    tasks: int = 1
+    memory: float = 0.0
+    measured: bool = False
+
+    def hours(self, devices: int = 1) -> float:
+        """On so many devices: whole tasks, so that more devices than tasks are of no use."""
+        return self.seconds / 3600 * math.ceil(self.tasks / devices) / self.tasks
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All of it; `index_bytes` are the published codes, `recall_sweeps` the passes over the sample of recall."""
+    """All of it; `index_bytes` are codes and each shard's centre, `recall_sweeps` the passes over recall's sample."""
 
     rates: Rates
+    devices: int
     stages: tuple[StagePlan, ...]
     steps: tuple[Step, ...]
     index_kind: str
@@ -93,17 +118,30 @@ class Plan:
 
     @property
     def hours(self) -> float:
-        """Of all steps, one after the other."""
-        return sum(step.hours for step in self.steps)
+        """Of the build: all steps but a query, one after the other, each over the devices."""
+        return sum(step.hours(self.devices) for step in self.steps if step.name not in QUERY_STEPS)
 
 
-def make_plan(config: Config, device: str = "measure", sequences: Mapping[str, int] | None = None) -> Plan:
+@dataclass(frozen=True)
+class _Planned:
+    """What the steps of one stage are computed from; `times` are measured passes, None where there are none."""
+
+    stage: Stage
+    work: Work
+    size: StagePlan
+    times: dict[str, PassTime] | None
+
+
+def make_plan(
+    config: Config, device: str = "measure", sequences: Mapping[str, int] | None = None, devices: int = 1
+) -> Plan:
     """Plan for `config`.
 
     Args:
         config: the configuration; nothing of it has to be built.
         device: a name in `PEAKS`, or `measure` for the configured device of this machine.
         sequences: number of sequences of stages whose corpus is not at hand.
+        devices: accelerators (or machines) that share the tasks of a step.
 
     Raises:
         InputError: a model's configuration cannot be read, or `device` is not known.
@@ -111,29 +149,45 @@ def make_plan(config: Config, device: str = "measure", sequences: Mapping[str, i
     given = dict(sequences or {})
     if unknown := set(given) - {stage.name for stage in config.stages}:
         raise InputError(f"--sequences names no stage: {sorted(unknown)}")
-    speed = rates(config, device)
-    stages, steps, works = [], [], {}
+    found = {}
     for stage in config.stages:
         model = meta_model(config, stage)
         maps = tracked_maps(model, config.curvature)
         size = stage_plan(config, stage, model, maps, given.get(stage.name))
-        works[stage.name] = (_Work(model, maps, size.tokens / max(1, size.sequences), _hadamard(config)), size)
-        stages.append(size)
-        steps += fit_steps(config, *works[stage.name])
-    target, goal = works[config.attribute_to]
-    last, _ = works[config.stages[-1].name]
-    sweeps = query_sweeps(config, last, config.index.recall_queries if config.queries else 0)
-    steps += index_steps(config, target, goal, sweeps)
-    steps.append(attribute_step(config, last, target, goal))
-    kind = kind_for(config.index, goal.sequences)
+        found[stage.name] = _Planned(stage, Work(model, maps, size.tokens / max(1, size.sequences)), size, None)
+    widest = max(max([*p.work.inputs, *(m.shape[1] for m in p.work.maps)]) for p in found.values())
+    speed = rates(config, device, widest)
+    if device == "measure":
+        found = {name: _measured(config, planned, speed) for name, planned in found.items()}
+    last, target = found[config.stages[-1].name], found[config.attribute_to]
+    sweeps = query_sweeps(config, last.work, config.index.recall_queries if config.queries else 0)
+    kind = kind_for(config.index, target.size.sequences)
+    index_bytes = target.size.sequences * code_bytes(config, kind) + target.size.shards * 4 * config.sketch.dimensions
+    steps = [step for planned in found.values() for step in fit_steps(config, planned, speed)]
+    steps += index_steps(config, target, sweeps, speed)
+    steps += query_steps(config, last, target, speed, index_bytes / 4 if kind == "ivf" else index_bytes)
     return Plan(
         rates=speed,
-        stages=tuple(stages),
-        steps=tuple(_timed(step, speed) for step in steps),
+        devices=devices,
+        stages=tuple(planned.size for planned in found.values()),
+        steps=tuple(steps),
         index_kind=kind,
-        index_bytes=goal.sequences * code_bytes(config, kind),
+        index_bytes=index_bytes,
         recall_sweeps=sweeps,
     )
+
+
+def _measured(config: Config, planned: _Planned, speed: Rates) -> _Planned:
+    """With times of its passes, where a small model of its widths runs in a moment."""
+    work, tokens = planned.work, round(planned.work.tokens)
+    depth = getattr(work.model.config, "num_hidden_layers", 0)
+    if depth < 1:
+        return planned
+    operations = (work.forward_backward() + work.rotation() + work.gradients()) / depth
+    entries = (work.covariance_entries + work.tracked) // depth
+    if not probe.affordable(operations * max(2, config.compute.batch_tokens // tokens), entries, speed.model):
+        return planned
+    return replace(planned, times=probe.measure(config, planned.stage, work.model, tokens, speed.device))
 
 
 def meta_model(config: Config, stage: Stage) -> nn.Module:
@@ -172,9 +226,9 @@ def stage_plan(config: Config, stage: Stage, model: nn.Module, maps: list[Tracke
     window = config.corpus.max_length or getattr(model.config, "max_position_embeddings", None) or 1024
     count, tokens, shards, assumed = corpus_size(config, stage, int(window), given)
     inputs = {m.input_group: m.d_in for m in maps}
-    covariances = sum(d * d for d in inputs.values()) + sum(m.groups * _block(m) ** 2 for m in maps)
+    covariances = sum(d * d for d in inputs.values()) + sum(m.groups * m.shape[1] ** 2 for m in maps)
     width = _width(config)
-    parts = math.ceil(min(config.curvature.max_sequences, count) / config.curvature.part_sequences)
+    parts = min(shards, math.ceil(min(config.curvature.max_sequences, count) / config.curvature.part_sequences))
     return StagePlan(
         name=stage.name,
         parameters=total,
@@ -238,123 +292,92 @@ def _estimate(source: str | HubDataset, window: int, sample: int = 500) -> tuple
     return round(documents), round(counts * scale), round(lengths * scale)
 
 
-@dataclass(frozen=True)
-class _Work:
-    """Operations of one stage's passes, for a sequence of `tokens` tokens."""
-
-    model: nn.Module
-    maps: list[TrackedMap]
-    tokens: float
-    hadamard: float
-
-    def forward_backward(self) -> float:
-        """4 N T over all linear maps (the head too), and attention's products of tokens with tokens."""
-        linear = sum(m.weight.numel() for m in self.model.modules() if isinstance(m, nn.Linear | Conv1D))
-        config: Any = self.model.config
-        attention = 12.0 * config.num_hidden_layers * config.hidden_size * self.tokens**2
-        return 4.0 * linear * self.tokens + attention
-
-    def covariance(self) -> float:
-        """Sums of a a^T and d d^T."""
-        inputs = {m.input_group: m.d_in for m in self.maps}
-        outputs = sum(m.groups * _block(m) ** 2 for m in self.maps)
-        return 2.0 * self.tokens * (sum(d * d for d in inputs.values()) + outputs)
-
-    def gradients(self) -> float:
-        """Per-sequence gradients, formed from the tokens."""
-        return 2.0 * self.tokens * self.tracked()
-
-    def rotation(self) -> float:
-        """Into the eigenbasis: of the tokens or of the gradient, whichever is cheaper, as the code does."""
-        return 2.0 * sum(
-            min(
-                self.tokens * (m.d_in**2 + m.groups * _block(m) ** 2),
-                m.size * (_block(m) + m.d_in),
-            )
-            for m in self.maps
-        )
-
-    def eigenbases(self) -> float:
-        """Of every A and S."""
-        inputs = {m.input_group: m.d_in for m in self.maps}
-        return EIGH_FLOPS * (sum(d**3 for d in inputs.values()) + sum(m.groups * _block(m) ** 3 for m in self.maps))
-
-    def filtering(self, stages: int) -> float:
-        """One gradient through the filters of `stages` stages: four products a map and stage."""
-        return 4.0 * stages * sum(m.size * (_block(m) + m.d_in) for m in self.maps)
-
-    def tracked(self) -> int:
-        """Tracked parameters."""
-        return sum(m.size for m in self.maps)
-
-
-def fit_steps(config: Config, work: _Work, size: StagePlan) -> list[Step]:
+def fit_steps(config: Config, planned: _Planned, speed: Rates) -> list[Step]:
     """The EK-FAC fit of one stage."""
+    work, size = planned.work, planned.size
     fitted = min(config.curvature.max_sequences, size.sequences)
     sweep = fitted * size.passes * work.forward_backward()
-    corrected = fitted * (work.rotation() + work.gradients() + 2.0 * work.tracked())
+    memory = footprint.of_fit(config, work, size.model_bytes, size.parts, speed.accelerator)
+    calls = size.parts * size.passes
+
+    def step(name: str, products: float, outer: float = 0.0) -> Step:
+        seconds = _seconds(planned, name, calls, fitted * size.passes) or speed.seconds(sweep, products, outer)
+        operations = sweep + products + outer
+        return Step(name, size.name, operations, seconds, size.parts, memory[name], planned.times is not None)
+
+    bases = Step(
+        "eigenbases", size.name, work.eigenbases(), work.eigenbases() / speed.eigenbases, 1, memory["eigenbases"]
+    )
+    corrected = fitted * (work.rotation() + 2.0 * work.tracked)
     return [
-        Step("covariances", size.name, sweep, fitted * work.covariance()),
-        Step("eigenbases", size.name, 0.0, 0.0, work.eigenbases()),
-        Step("eigenvalues", size.name, sweep, corrected),
+        step("covariances", fitted * work.covariance()),
+        bases,
+        step("eigenvalues", corrected, fitted * work.gradients()),
     ]
 
 
-def query_sweeps(config: Config, last: _Work, queries: int) -> int:
+def query_sweeps(config: Config, last: Work, queries: int) -> int:
     """Passes over the documents that scoring `queries` takes: their gradients stream through the memory budget."""
     return len(list(query_groups(last.maps, queries, config.curvature.memory_budget_gb)))
 
 
-def index_steps(config: Config, work: _Work, size: StagePlan, sweeps: int) -> list[Step]:
-    """Sketches of the attributed stage, and the exact scores that measure recall."""
-    sketch = work.rotation() + work.gradients() + 3.0 * work.tracked() + work.hadamard
-    steps = [
-        Step("sketches", size.name, size.sequences * size.passes * work.forward_backward(), size.sequences * sketch)
-    ]
+def index_steps(config: Config, planned: _Planned, sweeps: int, speed: Rates) -> list[Step]:
+    """Sketches of the attributed stage (the index's training sample twice), and the scores that measure recall."""
+    work, size = planned.work, planned.size
+    count = size.sequences + min(TRAINING_SAMPLE, size.sequences, config.corpus.shard_sequences)
+    m = config.sketch.dimensions
+    rotation = 0.0 if config.sketch.whitening == "none" else work.rotation()
+    model, products = count * size.passes * work.forward_backward(), rotation + 3.0 * work.tracked
+    products, outer = count * (products + 2.0 * m * math.log2(m)), count * work.gradients()
+    seconds = _seconds(planned, "sketches", (size.shards + 1) * size.passes, count * size.passes)
+    seconds = seconds or speed.seconds(model, products, outer)
+    memory = footprint.of_sketches(config, work, size.model_bytes, size.sequences / size.shards, speed.accelerator)
+    measured = planned.times is not None
+    steps = [Step("sketches", size.name, model + products + outer, seconds, size.shards, memory, measured)]
     if sweeps:
         count = min(config.index.recall_sample, size.sequences)
-        scoring = work.gradients() + 2.0 * config.index.recall_queries * work.tracked()
-        steps.append(Step("recall", size.name, count * sweeps * work.forward_backward(), count * scoring))
+        model, products = count * sweeps * work.forward_backward(), 4.0 * config.index.recall_queries * work.tracked
+        products, outer = count * products, count * work.gradients()
+        tasks = min(size.shards, math.ceil(count / config.corpus.shard_sequences))
+        seconds, held = speed.seconds(model, products, outer), 1e9 * config.curvature.memory_budget_gb
+        held = min(held, 4.0 * COPIES * config.index.recall_queries * work.tracked)
+        memory = footprint.of_pass(config, work, size.model_bytes) + held
+        steps.append(Step("recall", size.name, model + products + outer, seconds, tasks, memory))
     return steps
 
 
-def attribute_step(config: Config, last: _Work, target: _Work, size: StagePlan) -> Step:
-    """One query: its gradient, the chain, and exact scores of its candidates and of the random sample."""
-    settings = config.retrieval
-    wanted = max(settings.rerank_min, round(settings.rerank_fraction * size.sequences))
-    sources = 2 if settings.candidates == "both" else 1
-    count = min(size.sequences, sources * min(settings.rerank_max, wanted) + settings.random_sample)
-    chain = last.filtering(len(config.stages) - config.attributed_index)
-    return Step(
-        "one query",
-        size.name,
-        last.forward_backward() + count * query_sweeps(config, last, 1) * target.forward_backward(),
-        last.gradients() + chain + count * (target.gradients() + 2.0 * target.tracked()),
-    )
+def query_steps(config: Config, last: _Planned, target: _Planned, speed: Rates, searched: float) -> list[Step]:
+    """One query: the search of `searched` bytes of codes, its gradients, exact scores, and what they are made of."""
+    settings, work, size = config.retrieval, target.work, target.size
+    wanted = min(settings.rerank_max, max(settings.rerank_min, round(settings.rerank_fraction * size.sequences)))
+    found = {"gradient": 1.25, "bm25": 1.0, "both": 2.25}[settings.candidates] * wanted
+    count = min(size.sequences, round(found) + settings.random_sample)
+    shown = settings.top_k + max(1, settings.top_k // 4)
+    stages = len(config.stages) - config.attributed_index
+    # The query's gradient is filtered for its sketch, its scores and their parts; the shown documents' once, back.
+    products = last.work.filtering(3 * stages) + shown * (work.filtering(stages) + work.gradients())
+    scored = count * query_sweeps(config, last.work, 1) + shown  # each sweep for some of the maps
+    passes = 4 * last.work.forward_backward() + shown * work.forward_backward()
+    scoring, dots = scored * work.forward_backward(), (count + shown) * work.gradients()
+    seconds = _seconds(target, "scores", 1, scored)
+    seconds = speed.seconds(passes, products) + (seconds or speed.seconds(scoring, dots))
+    weights = size.model_bytes + (last.size.model_bytes if last is not target else 0)
+    memory = footprint.of_query(config, last.work, work, weights, shown)
+    operations = passes + products + scoring + dots
+    return [
+        Step("search", size.name, 0.0, 2 * searched / SEARCH_RATE),  # for and against
+        Step("one query", size.name, operations, seconds, 1, memory, target.times is not None),
+    ]
+
+
+def _seconds(planned: _Planned, name: str, calls: int, sequences: float) -> float | None:
+    return None if planned.times is None else planned.times[name].seconds(calls, sequences)
 
 
 def code_bytes(config: Config, kind: str) -> int:
     """Stored bytes of a sequence's code: float32, or RaBitQ's bits, norms and id."""
     dimensions, bits = config.sketch.dimensions, config.index.bits
     return 8 + (4 * dimensions if kind == "flat" else dimensions * bits // 8 + (8 if bits == 1 else 20))
-
-
-def _hadamard(config: Config) -> float:
-    m = config.sketch.dimensions
-    return 2.0 * m * math.log2(m)
-
-
-def _timed(step: Step, speed: Rates) -> Step:
-    seconds = (
-        step.model_flops / speed.model
-        + step.statistics_flops / speed.statistics
-        + step.eigenbasis_flops / speed.eigenbases
-    )
-    return Step(**{**step.__dict__, "hours": seconds / 3600})
-
-
-def _block(m: TrackedMap) -> int:
-    return m.shape[1]
 
 
 def _width(config: Config) -> int:

@@ -130,7 +130,7 @@ class Stages:
         settings = self.config.stage(stage)
         return storage.fingerprint(
             models.model_fingerprint(settings.model, revision=settings.revision),
-            self.config.curvature.model_dump(exclude={"memory_budget_gb"}),
+            self.config.curvature.model_dump(exclude={"memory_budget_gb"}, exclude_none=True),
             self.config.compute.dtype,
         )
 

@@ -63,3 +63,29 @@ def test_a_wide_head_has_a_block_diagonal_curvature(monkeypatch: pytest.MonkeyPa
         model, tracked_maps(model, settings)[-1:], make_sequences(3), task="causal_lm", seed=0, batch_tokens=99
     )
     assert sums["S/lm_head"].shape == (31, 1, 1)
+
+
+def test_block_size_keeps_the_diagonal_blocks_of_the_whole_curvature() -> None:
+    """Of every map with wider blocks, a fused one's in its permuted order, and of no other."""
+    model, sequences = make_model("gpt_neox"), make_sequences(4)
+    whole, cut = (tracked_maps(model, CurvatureSettings(block_size=size)) for size in (None, 6))
+    sums = [
+        fit.covariance_sums(model, maps, sequences, task="causal_lm", seed=0, batch_tokens=99) for maps in (whole, cut)
+    ]
+    assert any(m.shape[1] > 6 for m in whole)
+    for before, after in zip(whole, cut, strict=True):
+        assert after.shape[1] <= 6
+        assert after.size == before.size
+        S, blocks = (found[f"S/{before.name}"] for found in sums)
+        width, each = after.shape[1], after.groups // before.groups
+        for g in range(after.groups):
+            rows = slice((g % each) * width, (g % each + 1) * width)
+            torch.testing.assert_close(blocks[g], S[g // each, rows, rows])
+        torch.testing.assert_close(sums[0][f"A/{before.input_group}"], sums[1][f"A/{before.input_group}"])
+
+
+def test_block_size_of_a_head_replaces_its_own() -> None:
+    model = make_model("gpt_neox")
+    model.resize_token_embeddings(30)
+    settings = CurvatureSettings(track_unembedding=True, block_size=15)
+    assert tracked_maps(model, settings)[-1].shape == (2, 15, 8)

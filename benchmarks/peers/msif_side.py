@@ -23,7 +23,7 @@ from msif_core.losses import target_loss
 from msif_core.sketch import Sketcher
 
 BUDGET = 8.0
-CURVATURE: Any = SimpleNamespace(include=".*", track_unembedding=False, qkv_split="none")
+CURVATURE: Any = SimpleNamespace(include=".*", track_unembedding=False, block_size=None, qkv_split="none")
 """Fused maps stay whole, as both peers take them."""
 
 

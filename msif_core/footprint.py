@@ -1,0 +1,97 @@
+"""Peak memory of each step: the model, the statistics of a sweep, a batch's activations, what a shard holds.
+
+On a CPU this is the process's resident size, the libraries and the mapped sums included; on an accelerator its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from msif_core.config import Config
+from msif_core.curvature.fit import partitions
+from msif_core.curvature.gradients import CHUNK_ENTRIES
+from msif_core.losses import CHUNK_ENTRIES as SOFTMAX_ENTRIES
+from msif_core.work import Work
+
+PROCESS = 0.45e9
+"""Bytes of a process with its libraries, or of an accelerator's context."""
+
+EIGH_COPIES = 5
+"""Float64 matrices held in an eigendecomposition: the sum, its copy that becomes the vectors, the solver's."""
+
+MIXED_COPIES = 5
+"""Of a shard's sketches, while they are mixed."""
+
+SIGN_BYTES = 24
+"""Of an entry whose random sign is being drawn."""
+
+
+def activations(config: Config, work: Work) -> float:
+    """What a batch holds between its forward and its backward: inputs and outputs of the maps, logits."""
+    tokens = max(config.compute.batch_tokens, work.tokens)
+    width = getattr(torch, config.compute.dtype).itemsize
+    settings: Any = work.model.config
+    layers = sum(m.d_in + m.d_out for m in work.maps if m.d_out < settings.vocab_size)
+    logits = settings.vocab_size * (width + 3 * max(4, width))
+    return tokens * (width * layers + logits)
+
+
+def sampling(config: Config, work: Work) -> float:
+    """Float64 softmax and its sums, where labels are drawn."""
+    settings: Any = work.model.config
+    tokens = max(config.compute.batch_tokens, work.tokens)
+    return 24.0 * min(SOFTMAX_ENTRIES, tokens * settings.vocab_size)
+
+
+def gradients(config: Config, work: Work) -> float:
+    """Per-sequence gradients of one map for some of a batch, and a copy of them."""
+    count = max(1.0, config.compute.batch_tokens / work.tokens)
+    return 8.0 * max(min(count * m.size, max(CHUNK_ENTRIES, m.size)) for m in work.maps)
+
+
+def of_pass(config: Config, work: Work, model: float) -> float:
+    """The process, the model and a batch."""
+    return PROCESS + model + activations(config, work)
+
+
+def of_fit(config: Config, work: Work, model: float, parts: int, accelerator: bool) -> dict[str, float]:
+    """Bytes at the peak of covariances, eigenbases and eigenvalues."""
+    covariances, values = _sweeps(config, work)
+    n = max([*work.inputs, *(m.shape[1] for m in work.maps)])
+    held, drawn = of_pass(config, work, model), sampling(config, work)
+    mapped = 0.0 if accelerator else parts * max(covariances)
+    return {
+        "covariances": held + max(covariances) + drawn,
+        "eigenbases": PROCESS + model + EIGH_COPIES * 8.0 * n * n + mapped,
+        "eigenvalues": held
+        + max(map(sum, zip(covariances, values, strict=True)))
+        + max(drawn, gradients(config, work)),
+    }
+
+
+def of_sketches(config: Config, work: Work, model: float, sequences: float, accelerator: bool) -> float:
+    """Bytes at the peak of a shard of so many sequences, whose folded gradients stay on the CPU."""
+    sweep = max(map(sum, zip(*_sweeps(config, work), strict=True)))
+    shard = 0.0 if accelerator else 4.0 * config.sketch.dimensions * sequences
+    passing = of_pass(config, work, model) + gradients(config, work)
+    weighing = PROCESS + model + SIGN_BYTES * work.widest
+    mixing = PROCESS + model + MIXED_COPIES * shard
+    return max(sweep + shard + max(passing, weighing), mixing)
+
+
+def _sweeps(config: Config, work: Work) -> tuple[list[float], list[float]]:
+    """Bytes of the covariances (or bases) and of the eigenvalues (or weights) of each sweep's maps."""
+    width = 8.0 if config.compute.dtype == "float64" else 4.0
+    groups = [replace(work, maps=g) for g in partitions(work.maps, config.curvature.memory_budget_gb)]
+    return [width * g.covariance_entries for g in groups], [width * g.tracked for g in groups]
+
+
+def of_query(config: Config, last: Work, target: Work, models: float, shown: int) -> float:
+    """Bytes at the peak of one query: gradients of the documents that it shows, within the budget."""
+    held = 4.0 * shown * (2 * last.tracked + 3 * last.widest)
+    products = 12.0 * min(CHUNK_ENTRIES, shown * last.tokens * max(m.d_out for m in last.maps))
+    scratch = max(activations(config, target), products)
+    return PROCESS + models + min(1e9 * config.curvature.memory_budget_gb, held) + scratch

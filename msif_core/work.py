@@ -1,0 +1,71 @@
+"""Operations of a stage's passes for one sequence, as the code does them: a multiply-add counts as two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from msif_core.devices import EIGH_FLOPS
+from msif_core.models import TrackedMap
+
+
+@dataclass(frozen=True)
+class Work:
+    """One stage's model and maps, and how long a sequence is."""
+
+    model: nn.Module
+    maps: list[TrackedMap]
+    tokens: float
+
+    @property
+    def tracked(self) -> int:
+        """Tracked parameters."""
+        return sum(m.size for m in self.maps)
+
+    @property
+    def widest(self) -> int:
+        """Parameters of the largest map."""
+        return max(m.size for m in self.maps)
+
+    @property
+    def inputs(self) -> list[int]:
+        """Width of every A."""
+        return list({m.input_group: m.d_in for m in self.maps}.values())
+
+    @property
+    def covariance_entries(self) -> int:
+        """Entries of all A and S, or of their eigenbases."""
+        return sum(d * d for d in self.inputs) + sum(m.groups * m.shape[1] ** 2 for m in self.maps)
+
+    def forward_backward(self) -> float:
+        """4 N T over all linear maps (the head too), and attention's products of tokens with tokens."""
+        linear = sum(m.weight.numel() for m in self.model.modules() if isinstance(m, nn.Linear | Conv1D))
+        config: Any = self.model.config
+        attention = 12.0 * config.num_hidden_layers * config.hidden_size * self.tokens**2
+        return 4.0 * linear * self.tokens + attention
+
+    def covariance(self) -> float:
+        """Sums of a a^T and d d^T."""
+        return 2.0 * self.tokens * self.covariance_entries
+
+    def gradients(self) -> float:
+        """Per-sequence gradients, formed from the tokens."""
+        return 2.0 * self.tokens * self.tracked
+
+    def rotation(self) -> float:
+        """Into the eigenbasis: of the tokens or of the gradient, whichever is cheaper, as the code does."""
+        return 2.0 * sum(
+            min(self.tokens * (m.d_in**2 + m.groups * m.shape[1] ** 2), m.size * (m.shape[1] + m.d_in))
+            for m in self.maps
+        )
+
+    def eigenbases(self) -> float:
+        """Of every A and S."""
+        return EIGH_FLOPS * (sum(d**3 for d in self.inputs) + sum(m.groups * m.shape[1] ** 3 for m in self.maps))
+
+    def filtering(self, stages: int) -> float:
+        """One gradient through the filters of `stages` stages: four products a map and stage."""
+        return 4.0 * stages * sum(m.size * (m.shape[1] + m.d_in) for m in self.maps)
