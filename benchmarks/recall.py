@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.sketches import Coding, Coordinates, Folded, Learned, Sketch, TwoSided, Weights
+from benchmarks.sketches import Coding, Coordinates, Folded, Learned, Signed, Sketch, TwoSided, Weights
 from msif_core import corpus, index
 from msif_core.batching import Sequences, batches
 from msif_core.capture import capture
@@ -39,6 +39,9 @@ LEARNING = 1024
 
 CASCADE = 0.05
 """Share of the sequences that a cascade's second step looks at."""
+
+CHUNK = 16
+"""Sequences that are sketched together: larger tensors would cost more page faults than arithmetic."""
 
 ONE, FOUR, FULL = Coding("1 bit", 1), Coding("4 bits", 4), Coding("float32", 32)
 console = Console(width=170)
@@ -94,7 +97,8 @@ def sketcher_of(pipeline: Pipeline, dimensions: int, whitening: str = "eigen") -
 def learn(pipeline: Pipeline, sequences: Sequences) -> Learned:
     """From a sample of the documents, and from fine-tuning examples in the queries' place."""
     weights = filters(pipeline, "eigen")
-    learned = Learned(pipeline.maps(pipeline.target), weights, Folded(sketcher_of(pipeline, 32_000), weights))
+    sketcher = sketcher_of(pipeline, 32_000)
+    learned = Learned(pipeline.maps(pipeline.target), weights, Folded(sketcher, Signed(sketcher, weights)))
     sample = sequences.take(np.random.default_rng(0).permutation(len(sequences))[:LEARNING])
     for _, flat in gather(pipeline, sample):
         learned.add(flat)
@@ -108,32 +112,36 @@ def learn(pipeline: Pipeline, sequences: Sequences) -> Learned:
 def sketches(pipeline: Pipeline, learned: Learned) -> Iterator[tuple[str, Sketch, tuple[Coding, ...]]]:
     """Every sketch and the codings that its vectors are tried in."""
 
-    def folded(dimensions: int, weights: Weights) -> Folded:
-        return Folded(sketcher_of(pipeline, dimensions), weights)
+    def folded(dimensions: int, signed: Signed) -> Folded:
+        return Folded(sketcher_of(pipeline, dimensions), signed)
 
-    even, split, maps = learned.weights, learned.split(), learned.maps
+    def sign(weights: Weights, kept: torch.Tensor | None = None) -> Signed:
+        return Signed(sketcher_of(pipeline, 1024), weights, kept)
+
+    weights, maps = learned.weights, learned.maps
+    even, split = sign(weights), sign(learned.split())
     first = Coding("1 bit, its first 8,000", 1, 8_000)
     yield "Hadamard 32,000", folded(32_000, even), (ONE, Coding("2 bits", 2), FOUR, FULL, first)
     yield "Hadamard 65,536", folded(65_536, even), (ONE, *(Coding(f"{b} bits", b, 0) for b in (2,)))
     for dimensions in (20_480, 8_192, 2_048):
         yield f"Hadamard {dimensions:,}", folded(dimensions, even), (ONE, FOUR, FULL)
     for whitening in ("kronecker", "none"):
-        yield f"Hadamard 32,000, {whitening}", folded(32_000, filters(pipeline, whitening)), (ONE,)
+        yield f"Hadamard 32,000, {whitening}", folded(32_000, sign(filters(pipeline, whitening))), (ONE,)
     yield "learned split, 32,000", folded(32_000, split), (ONE, FOUR, FULL, first)
     for dimensions in (16_384, 8_192, 2_048):
         yield f"learned split, {dimensions:,}", folded(dimensions, split), (ONE, FOUR)
-    yield "two-sided random 48 x 48", TwoSided.random(maps, even, 48), (ONE, FULL)
+    yield "two-sided random 48 x 48", TwoSided.random(maps, weights, 48), (ONE, FULL)
     yield "two-sided learned 32 x 32", learned.two_sided(32), (ONE, FULL)
     yield "principal components, 512", learned.principal(512), (FOUR, FULL)
-    yield "8,192 coordinates", Coordinates(even, learned.coordinates(8_192), mixed=False), (FULL,)
-    yield "8,192 coordinates, mixed", Coordinates(even, learned.coordinates(8_192), mixed=True), (ONE, FOUR)
-    yield "32,768 coordinates, mixed", Coordinates(even, learned.coordinates(32_768), mixed=True), (ONE,)
+    yield "8,192 coordinates", Coordinates(weights, learned.coordinates(8_192), mixed=False), (FULL,)
+    yield "8,192 coordinates, mixed", Coordinates(weights, learned.coordinates(8_192), mixed=True), (ONE, FOUR)
+    yield "32,768 coordinates, mixed", Coordinates(weights, learned.coordinates(32_768), mixed=True), (ONE,)
     # Mixed precision: the strongest coordinates in 4 bits, all others folded to 1 bit.
     head = learned.coordinates(2_048)
-    rest = torch.ones(len(even.f))
+    rest = torch.ones(len(weights.f))
     rest[head] = 0
-    yield "head", Coordinates(even, head, mixed=True), (FOUR,)
-    yield "tail", Folded(sketcher_of(pipeline, 23_800), even, rest), (ONE,)
+    yield "head", Coordinates(weights, head, mixed=True), (FOUR,)
+    yield "tail", folded(23_800, sign(weights, rest)), (ONE,)
 
 
 def estimate(pipeline: Pipeline, learned: Learned, sequences: Sequences, asked: torch.Tensor) -> list[Found]:
@@ -141,11 +149,13 @@ def estimate(pipeline: Pipeline, learned: Learned, sequences: Sequences, asked: 
     tried = [(name, s, s.queries(asked), codings) for name, s, codings in sketches(pipeline, learned)]
     scores = {(name, c): np.zeros((len(asked), len(sequences)), np.float32) for name, *_, cs in tried for c in cs}
     done = 0
-    for rows, flat in gather(pipeline, sequences):
-        for name, sketch, psi, codings in tried:
-            phi = sketch.documents(flat)
-            for coding in codings:
-                scores[name, coding][:, rows] = coding.scores(phi, psi).T.numpy()
+    for rows, batch in gather(pipeline, sequences):
+        for start in range(0, len(rows), CHUNK):
+            flat, part = batch[start : start + CHUNK], rows[start : start + CHUNK]
+            for name, sketch, psi, codings in tried:
+                phi = sketch.documents(flat)
+                for coding in codings:
+                    scores[name, coding][:, part] = coding.scores(phi, psi).T.numpy()
         if (done + len(rows)) // 1000 > done // 1000:
             print(f"sketched {done + len(rows):,} of {len(sequences):,}", file=sys.stderr)
         done += len(rows)

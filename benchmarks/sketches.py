@@ -78,23 +78,40 @@ class Weights:
         return (flat[:, part] * weight[part]).unflatten(1, (m.d_out, m.d_in))
 
 
+class Signed:
+    """Gradients times one side's weights and the library's random signs, which are the same for all dimensions.
+
+    The last product is kept: sketches of several dimensions are made of one batch after the other.
+    """
+
+    def __init__(self, sketcher: Sketcher, weights: Weights, kept: torch.Tensor | None = None) -> None:
+        signs = torch.cat([sketcher._signed(m, torch.ones(m.size)) for m in sketcher.maps])
+        signs = signs if kept is None else signs * kept
+        self.weights = weights
+        self._document, self._query = signs * weights.document, signs * weights.query
+        self._flat: torch.Tensor | None = None
+        self._product: torch.Tensor | None = None
+
+    def documents(self, flat: torch.Tensor) -> torch.Tensor:
+        if self._flat is not flat or self._product is None:
+            self._flat, self._product = flat, flat * self._document
+        return self._product
+
+    def queries(self, flat: torch.Tensor) -> torch.Tensor:
+        return flat * self._query
+
+
 class Folded:
     """The library's own sketch: signed folding to M dimensions, then a Hadamard transform."""
 
-    def __init__(self, sketcher: Sketcher, weights: Weights, kept: torch.Tensor | None = None) -> None:
-        self.sketcher = sketcher
-        ones = torch.ones(len(weights.f)) if kept is None else kept
-        parts = parts_of(sketcher.maps)
-        signs = torch.cat(
-            [sketcher._signed(m, torch.ones(parts[m.name].stop - parts[m.name].start)) for m in sketcher.maps]
-        )
-        self._document, self._query = signs * ones * weights.document, signs * ones * weights.query
+    def __init__(self, sketcher: Sketcher, signed: Signed) -> None:
+        self.sketcher, self.signed = sketcher, signed
 
     def documents(self, flat: torch.Tensor) -> torch.Tensor:
-        return self._fold(flat * self._document)
+        return self._fold(self.signed.documents(flat))
 
     def queries(self, flat: torch.Tensor) -> torch.Tensor:
-        return self._fold(flat * self._query)
+        return self._fold(self.signed.queries(flat))
 
     def _fold(self, weighted: torch.Tensor) -> torch.Tensor:
         folded = torch.zeros(len(weighted), self.sketcher.fold)
@@ -212,8 +229,10 @@ class Learned:
 
     def principal(self, rank: int) -> Principal:
         """Leading directions of the documents' sketches."""
-        found = torch.linalg.svd(torch.cat(self._phi), full_matrices=False).Vh
-        return Principal(self.inner, found[:rank].T.contiguous())
+        phi = torch.cat(self._phi)
+        values, vectors = torch.linalg.eigh((phi @ phi.T).double())
+        directions = phi.T @ (vectors[:, -rank:] / values[-rank:].sqrt()).float()
+        return Principal(self.inner, directions)
 
     def whitened(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean squares of documents' and proxies' evenly whitened coordinates, each lifted by a tenth of its mean."""

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.accuracy import DEFAULT
 from benchmarks.ideas.subject import Idea, Subject
-from msif_core.curvature.filters import Damped, SpectralFilter, Unrolled, block_mean
+from msif_core.curvature.filters import Damped, Identity, SpectralFilter, Unrolled, block_mean
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def filter_ideas(subject: Subject) -> Iterator[Idea]:
             f"damping {damping:g} at the attributed stage",
             subsets.lds({target: Damped(damping), last: Damped(DEFAULT)}),
         )
+    yield "no filter at the attributed stage", subsets.lds({target: Identity(), last: Damped(DEFAULT)})
     for c in (0.3, 1.0):
         yield f"damping as Adam's root, c {c:g}", subsets.lds({target: RootDamped(c), last: Damped(DEFAULT)})
     for tau in (1.0, 10.0, 100.0):

@@ -162,10 +162,14 @@ def geometry_ideas(subject: Subject, trace: Trace) -> Iterator[Idea]:
                 adam[kind][f"{stage}/{name}"] = Scaled(factors, scale[name], after)
     for name in found[pool.target]:
         yield name, score(subject.chained(found[pool.target][name], found[pool.last][name]))
-    yield "diagonal Fisher in the parameters", score(subject.chained(diagonal[pool.target], diagonal[pool.last]))
+    yield (
+        "diagonal Fisher in the parameters, both stages",
+        score(subject.chained(diagonal[pool.target], diagonal[pool.last])),
+    )
+    yield "the same at the attributed stage alone", score(subject.chained(diagonal[pool.target]))
     roots = {stage: {n: Diagonal(v.sqrt()) for n, v in trace.last[stage].items()} for stage in (pool.target, pool.last)}
     yield "Adam's 1 / (root v + 0.1 mean), attributed stage", score(subject.chained(roots[pool.target]))
-    yield "the same at both stages", score(subject.chained(roots[pool.target], roots[pool.last]))
+    yield "Adam's at both stages", score(subject.chained(roots[pool.target], roots[pool.last]))
     for kind, scaled in adam.items():
         target, last = (
             {name: scaled[f"{stage}/{name}"] for name in (m.name for m in maps)} for stage in (pool.target, pool.last)

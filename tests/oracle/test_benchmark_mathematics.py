@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.ideas.geometry import Scaled, bases, by_sequence, by_token, corrected, covariances, held_gradients
-from benchmarks.sketches import Coding, Coordinates, Folded, Learned, TwoSided, Weights
+from benchmarks.sketches import Coding, Coordinates, Folded, Learned, Signed, TwoSided, Weights
 from msif_core import scoring
 from msif_core.config import CurvatureSettings, SketchSettings
 from msif_core.curvature.factors import MapFactors
@@ -42,7 +42,7 @@ def sketcher() -> Sketcher:
 
 @pytest.fixture(scope="module")
 def learned(weights: Weights, sketcher: Sketcher) -> Learned:
-    found = Learned(MAPS, weights, Folded(sketcher, weights))
+    found = Learned(MAPS, weights, Folded(sketcher, Signed(sketcher, weights)))
     found.add(normal(40, TOTAL, seed=1))
     found.set_proxies(normal(30, TOTAL, seed=2) * torch.exp(normal(TOTAL, seed=3)))
     return found
@@ -57,11 +57,11 @@ def test_a_sketch_that_loses_nothing_gives_the_exact_score(
     rest = torch.ones(TOTAL)
     rest[head] = 0
     sketches: dict[str, list[Any]] = {
-        "folded": [Folded(sketcher, weights)],
-        "split": [Folded(sketcher, learned.split())],
+        "folded": [Folded(sketcher, Signed(sketcher, weights))],
+        "split": [Folded(sketcher, Signed(sketcher, learned.split()))],
         "coordinates": [Coordinates(weights, torch.arange(TOTAL), mixed=False)],
         "two-sided": [learned.two_sided(12)],
-        "head and tail": [Coordinates(weights, head, mixed=True), Folded(sketcher, weights, rest)],
+        "head and tail": [Coordinates(weights, head, mixed=True), Folded(sketcher, Signed(sketcher, weights, rest))],
     }
     found = sum(s.documents(documents) @ s.queries(queries).T for s in sketches[kind])
     torch.testing.assert_close(found, (documents * weights.f) @ queries.T, rtol=1e-4, atol=1e-3)
