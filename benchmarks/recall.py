@@ -285,7 +285,7 @@ def plot(rows: list[Row], path: Path) -> None:
         axis.set(xscale="log", xlabel="bytes per sequence", title=f"exact top {k}, 2% re-scored", ylim=(0, 1.02))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("recall")
-    axes[1].legend(fontsize=7.5, loc="lower right")
+    axes[0].legend(fontsize=7.5, loc="lower right")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
