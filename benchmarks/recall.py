@@ -43,7 +43,7 @@ CASCADE = 0.05
 CHUNK = 16
 """Sequences that are sketched together: larger tensors would cost more page faults than arithmetic."""
 
-ONE, FOUR, FULL = Coding("1 bit", 1), Coding("4 bits", 4), Coding("float32", 32)
+ONE, TWO, FOUR, FULL = Coding("1 bit", 1), Coding("2 bits", 2), Coding("4 bits", 4), Coding("float32", 32)
 console = Console(width=170)
 
 
@@ -67,7 +67,7 @@ def gather(pipeline: Pipeline, sequences: Sequences) -> Iterator[tuple[np.ndarra
         found: dict[str, torch.Tensor] = {}
 
         def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, found: dict[str, torch.Tensor] = found) -> None:
-            found[m.name] = torch.cat([g.flatten(1) for _, g in rotated.chunks(m, a, d)])
+            found[m.name] = torch.cat([g.flatten(1).clone() for _, g in rotated.chunks(m, a, d)])
 
         capture(model, maps, batch, loss, consume)
         yield batch.rows, torch.cat([found[m.name] for m in maps], 1)
@@ -121,8 +121,8 @@ def sketches(pipeline: Pipeline, learned: Learned) -> Iterator[tuple[str, Sketch
     weights, maps = learned.weights, learned.maps
     even, split = sign(weights), sign(learned.split())
     first = Coding("1 bit, its first 8,000", 1, 8_000)
-    yield "Hadamard 32,000", folded(32_000, even), (ONE, Coding("2 bits", 2), FOUR, FULL, first)
-    yield "Hadamard 65,536", folded(65_536, even), (ONE, *(Coding(f"{b} bits", b, 0) for b in (2,)))
+    yield "Hadamard 32,000", folded(32_000, even), (ONE, TWO, FOUR, FULL, first)
+    yield "Hadamard 65,536", folded(65_536, even), (ONE, TWO)
     for dimensions in (20_480, 8_192, 2_048):
         yield f"Hadamard {dimensions:,}", folded(dimensions, even), (ONE, FOUR, FULL)
     for whitening in ("kronecker", "none"):
