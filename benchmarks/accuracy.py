@@ -50,10 +50,22 @@ class Subsets:
         cls, pool: Pool, retraining: Retraining, losses: Losses, gold: np.ndarray, weights: FloatArray | None = None
     ) -> Subsets:
         """Sum the gradients, each sequence's multiplied by its weight."""
+        return cls.summing(pool, pool.document_gradients(pool.target), retraining, losses, gold, weights)
+
+    @classmethod
+    def summing(
+        cls,
+        pool: Pool,
+        found: Gradients,
+        retraining: Retraining,
+        losses: Losses,
+        gold: np.ndarray,
+        weights: FloatArray | None = None,
+    ) -> Subsets:
+        """Sum other gradients of the pool's sequences."""
         masks = sequence_masks(pool, retraining, losses)
         if weights is not None:
             masks = masks * torch.from_numpy(weights.astype(np.float32))
-        found = pool.document_gradients(pool.target)
         sums = {name: masks @ gradients.flatten(1) for name, gradients in found.items()}
         return cls(pool, sums, losses, gold)
 
@@ -72,7 +84,11 @@ class Subsets:
     def predicted(self, filters: Mapping[str, SpectralFilter], query_model: str | None = None) -> dict[str, FloatArray]:
         """Summed scores of each subset, map by map: [M, Q]."""
         links = tuple(FilteredStage(self.pool.stages.factors(name), spectral) for name, spectral in filters.items())
-        filtered = Chain(links).filter_all(self.pool.query_gradients(query_model or self.pool.last))
+        return self.through(Chain(links), self.pool.query_gradients(query_model or self.pool.last))
+
+    def through(self, chain: Chain, queries: Gradients) -> dict[str, FloatArray]:
+        """The same through any chain, for any gradients of the queries."""
+        filtered = chain.filter_all(queries)
         return {
             name: (self.sums[name] @ gradients.flatten(1).T).double().numpy() for name, gradients in filtered.items()
         }

@@ -1,105 +1,320 @@
-"""Recall of retrieval against bytes per sequence: `python -m benchmarks.recall CONFIG`, after `msif run CONFIG`.
+"""Recall of retrieval against bytes per sequence: `python -m benchmarks.recall CONFIG [OUT.png]`, after `msif run`.
 
-For each whitening and number of dimensions the corpus is sketched once and coded with several bits; the exact top
-10 and 100 of the held-out queries are looked for among the best 0.5% to 5% of the sequences.
+The exact top 10 and 100 of the held-out queries are looked for among the best 0.5% to 5% of all sequences, by many
+sketches (benchmarks.sketches), by BM25, by both, and by cascades. One pass over the corpus serves all of them.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.sketches import Coding, Coordinates, Folded, Learned, Signed, Sketch, TwoSided, Weights
 from msif_core import corpus, index
+from msif_core.batching import Sequences, batches
+from msif_core.capture import capture
 from msif_core.config import Config
+from msif_core.curvature.gradients import RotatedGradients
 from msif_core.evaluation.recall import recall_at_k
+from msif_core.lexical import LexicalIndex
+from msif_core.losses import target_loss
+from msif_core.models import TrackedMap
 from msif_core.pipeline import Pipeline
+from msif_core.queries import Queries
+from msif_core.scoring import query_gradients
+from msif_core.sketch import Sketcher
 
-WHITENINGS = ("eigen", "kronecker", "none")
-DIMENSIONS = (2048, 8192, 32_000)
-BITS = (1, 4)
 SHARES = (0.005, 0.01, 0.02, 0.05)
 KS = (10, 100)
-console = Console(width=150)
-Row = dict[Any, Any]
+LEARNING = 1024
+"""Documents that directions and energies are learned from, and as many fine-tuning examples at most as proxies."""
+
+CASCADE = 0.05
+"""Share of the sequences that a cascade's second step looks at."""
+
+CHUNK = 16
+"""Sequences that are sketched together: larger tensors would cost more page faults than arithmetic."""
+
+ONE, TWO, FOUR, FULL = Coding("1 bit", 1), Coding("2 bits", 2), Coding("4 bits", 4), Coding("float32", 32)
+console = Console(width=170)
 
 
-def measure(config: Config) -> list[Row]:
-    """One row a whitening, number of dimensions and bits: bytes of a code, recall by (k, share)."""
-    pipeline = Pipeline(config)
-    queries = pipeline.held_out()
-    assert queries is not None, "set `queries` in the configuration"
-    shards = pipeline.recall_shards()
-    exact = np.concatenate([np.load(pipeline.exact_shard(shard))[0] for shard in shards], axis=1)
-    parts = [corpus.read_shard(pipeline.shards(pipeline.target)[shard]) for shard in shards]
-    ids = np.concatenate([part.sequence_ids for part in parts])
-    rows: list[Row] = []
-    for whitening, dimensions in product(WHITENINGS, DIMENSIONS):
-        sketch = config.sketch.model_copy(update={"whitening": whitening, "dimensions": dimensions})
-        other = Pipeline(config.model_copy(update={"sketch": sketch}))
-        phi = np.concatenate([other.document_sketches(part) for part in parts])
-        psi = other.query_sketches(queries)
-        for bits in BITS:
-            found, size = search(config, phi, psi, ids, bits)
-            recall = {
-                (k, share): recall_at_k(exact, ids, found[:, : max(k, int(len(ids) * share))], k)
-                for k, share in product(KS, SHARES)
-            }
-            rows.append({"whitening": whitening, "dimensions": dimensions, "bits": bits, "bytes": size, **recall})
-            print(rows[-1], file=sys.stderr)
-    console.print(f"{len(ids):,} sequences, {len(queries)} queries, {pipeline.sketcher().total:,} gradient entries")
+@dataclass(frozen=True)
+class Found:
+    """One way to retrieve: its bytes per sequence, and each query's estimated scores [Q, N]."""
+
+    family: str
+    name: str
+    bytes: float
+    scores: np.ndarray
+
+
+def gather(pipeline: Pipeline, sequences: Sequences) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """Rows of a batch and their gradients in the attributed stage's eigenbasis, flat: float32 [n, D]."""
+    model, maps = pipeline.model(pipeline.target), pipeline.maps(pipeline.target)
+    factors = pipeline.factors(pipeline.target)
+    rotated = RotatedGradients({m.name: factors[m.name] for m in maps})
+    loss = target_loss(pipeline.config.stage(pipeline.target).task)
+    for batch in batches(sequences, pipeline.batch_tokens):
+        found: dict[str, torch.Tensor] = {}
+
+        def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, found: dict[str, torch.Tensor] = found) -> None:
+            found[m.name] = torch.cat([g.flatten(1).clone() for _, g in rotated.chunks(m, a, d)])
+
+        capture(model, maps, batch, loss, consume)
+        yield batch.rows, torch.cat([found[m.name] for m in maps], 1)
+
+
+def passed(pipeline: Pipeline, sequences: Sequences) -> torch.Tensor:
+    """Queries' gradients, filtered by the stages above, in the attributed stage's eigenbasis: [Q, D]."""
+    maps, chain = pipeline.maps(pipeline.target), pipeline.chain()
+    task = pipeline.config.stage(pipeline.last).task
+    found = query_gradients(pipeline.model(pipeline.last), maps, sequences, pipeline.batch_tokens, task=task)
+    rotated = [chain.rotated(m.name, found[m.name]) for m in maps]
+    return torch.cat([g.flatten(1) for g in rotated if g is not None], 1)
+
+
+def filters(pipeline: Pipeline, whitening: str) -> Weights:
+    """The attributed stage's filter, split as the library's whitening of that name does."""
+    sketcher = sketcher_of(pipeline, 1024, whitening)
+    f = [sketcher.filter.attributed(sketcher.factors[m.name].eigenvalues).flatten() for m in sketcher.maps]
+    return Weights(torch.cat(f), torch.cat([sketcher.document_weight(m.name).flatten() for m in sketcher.maps]))
+
+
+def sketcher_of(pipeline: Pipeline, dimensions: int, whitening: str = "eigen") -> Sketcher:
+    sketch = pipeline.config.sketch.model_copy(update={"dimensions": dimensions, "whitening": whitening})
+    return Pipeline(pipeline.config.model_copy(update={"sketch": sketch})).sketcher()
+
+
+def learn(pipeline: Pipeline, sequences: Sequences) -> Learned:
+    """From a sample of the documents, and from fine-tuning examples in the queries' place."""
+    weights = filters(pipeline, "eigen")
+    sketcher = sketcher_of(pipeline, 32_000)
+    learned = Learned(pipeline.maps(pipeline.target), weights, Folded(sketcher, Signed(sketcher, weights)))
+    sample = sequences.take(np.random.default_rng(0).permutation(len(sequences))[:LEARNING])
+    for _, flat in gather(pipeline, sample):
+        learned.add(flat)
+    pipeline.tokenize(pipeline.last)
+    proxies = corpus.read_shard(pipeline.shards(pipeline.last)[0])
+    chosen = proxies.take(np.random.default_rng(0).permutation(len(proxies))[: LEARNING // 2])
+    learned.set_proxies(passed(pipeline, chosen))
+    return learned
+
+
+def sketches(pipeline: Pipeline, learned: Learned) -> Iterator[tuple[str, Sketch, tuple[Coding, ...]]]:
+    """Every sketch and the codings that its vectors are tried in."""
+
+    def folded(dimensions: int, signed: Signed) -> Folded:
+        return Folded(sketcher_of(pipeline, dimensions), signed)
+
+    def sign(weights: Weights, kept: torch.Tensor | None = None) -> Signed:
+        return Signed(sketcher_of(pipeline, 1024), weights, kept)
+
+    weights, maps = learned.weights, learned.maps
+    even, split = sign(weights), sign(learned.split())
+    first = Coding("1 bit, its first 8,000", 1, 8_000)
+    yield "Hadamard 32,000", folded(32_000, even), (ONE, TWO, FOUR, FULL, first)
+    yield "Hadamard 65,536", folded(65_536, even), (ONE, TWO)
+    for dimensions in (20_480, 8_192, 2_048):
+        yield f"Hadamard {dimensions:,}", folded(dimensions, even), (ONE, FOUR, FULL)
+    for whitening in ("kronecker", "none"):
+        yield f"Hadamard 32,000, {whitening}", folded(32_000, sign(filters(pipeline, whitening))), (ONE,)
+    yield "learned split, 32,000", folded(32_000, split), (ONE, FOUR, FULL, first)
+    for dimensions in (16_384, 8_192, 2_048):
+        yield f"learned split, {dimensions:,}", folded(dimensions, split), (ONE, FOUR)
+    yield "two-sided random 48 x 48", TwoSided.random(maps, weights, 48), (ONE, FULL)
+    yield "two-sided learned 32 x 32", learned.two_sided(32), (ONE, FULL)
+    yield "principal components, 512", learned.principal(512), (FOUR, FULL)
+    yield "8,192 coordinates", Coordinates(weights, learned.coordinates(8_192), mixed=False), (FULL,)
+    yield "8,192 coordinates, mixed", Coordinates(weights, learned.coordinates(8_192), mixed=True), (ONE, FOUR)
+    yield "32,768 coordinates, mixed", Coordinates(weights, learned.coordinates(32_768), mixed=True), (ONE,)
+    # Mixed precision: the strongest coordinates in 4 bits, all others folded to 1 bit.
+    head = learned.coordinates(2_048)
+    rest = torch.ones(len(weights.f))
+    rest[head] = 0
+    yield "head", Coordinates(weights, head, mixed=True), (FOUR,)
+    yield "tail", folded(23_800, sign(weights, rest)), (ONE,)
+
+
+def estimate(pipeline: Pipeline, learned: Learned, sequences: Sequences, asked: torch.Tensor) -> list[Found]:
+    """Estimated scores of all sequences by every sketch and coding."""
+    tried = [(name, s, s.queries(asked), codings) for name, s, codings in sketches(pipeline, learned)]
+    scores = {(name, c): np.zeros((len(asked), len(sequences)), np.float32) for name, *_, cs in tried for c in cs}
+    done = 0
+    for rows, batch in gather(pipeline, sequences):
+        for start in range(0, len(rows), CHUNK):
+            flat, part = batch[start : start + CHUNK], rows[start : start + CHUNK]
+            for name, sketch, psi, codings in tried:
+                phi = sketch.documents(flat)
+                for coding in codings:
+                    scores[name, coding][:, part] = coding.scores(phi, psi).T.numpy()
+        if (done + len(rows)) // 1000 > done // 1000:
+            print(f"sketched {done + len(rows):,} of {len(sequences):,}", file=sys.stderr)
+        done += len(rows)
+    widths = {name: psi.shape[1] for name, _, psi, _ in tried}
+    found = [Found(name, c.name, c.bytes(widths[name]), table) for (name, c), table in scores.items()]
+    head, tail = (next(f for f in found if f.family == part) for part in ("head", "tail"))
+    mixed = Found(
+        "mixed precision", "2,048 coordinates in 4 bits, the rest in 1", head.bytes + tail.bytes,
+        head.scores + tail.scores,
+    )  # fmt: skip
+    return [f for f in found if f.family not in ("head", "tail")] + [mixed]
+
+
+def cascade(name: str, first: Found, then: Found, stored: float) -> Found:
+    """The best of `first` in the order of `then`."""
+    kept = int(CASCADE * first.scores.shape[1])
+    best = np.argsort(-first.scores, axis=1, kind="stable")[:, :kept]
+    table = np.full_like(first.scores, -np.inf)
+    np.put_along_axis(table, best, np.take_along_axis(then.scores, best, axis=1), axis=1)
+    return Found("cascade", name, stored, table)
+
+
+def cascades(found: list[Found]) -> Iterator[Found]:
+    """A cheap scan, and finer codes of the survivors; the bytes are all that is stored."""
+    by_name = {(f.family, f.name): f for f in found}
+    for family in ("Hadamard 32,000", "learned split, 32,000"):
+        one, four = by_name[family, "1 bit"], by_name[family, "4 bits"]
+        scan = by_name[family, "1 bit, its first 8,000"]
+        yield cascade(f"{family}: a quarter of the bits scanned, then all", scan, one, one.bytes)
+        yield cascade(f"{family}: 1 bit scanned, then 4 bits", one, four, one.bytes + four.bytes)
+
+
+def lexical(pipeline: Pipeline, queries: Queries, sequences: Sequences) -> Found:
+    """BM25 ranks of the sequences' documents."""
+    search = LexicalIndex.load(pipeline.build_lexical())
+    texts = [f"{p} {c}" for p, c in zip(queries.prompts, queries.completions, strict=True)]
+    table = np.full((len(queries), len(sequences)), -np.inf, np.float32)
+    for row, names in enumerate(search.search(texts, len(sequences))):
+        place = {name: -rank for rank, name in enumerate(names)}
+        table[row] = [place.get(name, -np.inf) for name in sequences.document_ids]
+    return Found("BM25", "", 0, table)
+
+
+def built(pipeline: Pipeline, queries: Queries, ids: np.ndarray) -> Found:
+    """What the published index finds, through FAISS."""
+    shards = [pipeline.index_shard(shard) for shard in range(len(pipeline.shards(pipeline.target)))]
+    opened = index.Index(shards, pipeline.config.index)
+    _, names = opened.search(pipeline.query_sketches(queries), int(0.1 * len(ids)))
+    table = np.full((len(queries), len(ids)), -np.inf, np.float32)
+    places = np.searchsorted(ids, names, sorter=(order := np.argsort(ids)))
+    np.put_along_axis(table, order[places], -np.arange(names.shape[1], dtype=np.float32)[None].repeat(len(names), 0), 1)
+    return Found("the index as built (FAISS)", "", opened.bytes_per_vector, table)
+
+
+def top(scores: np.ndarray, k: int, share: float) -> np.ndarray:
+    """Columns of the best `share`, and k at least."""
+    return np.argsort(-scores, axis=1, kind="stable")[:, : max(k, int(scores.shape[1] * share))]
+
+
+def union(first: np.ndarray, second: np.ndarray, k: int, share: float) -> np.ndarray:
+    """As many columns as `top` takes, from both lists in turn."""
+    size = max(k, int(first.shape[1] * share))
+    orders = [np.argsort(-table, axis=1, kind="stable")[:, :size] for table in (first, second)]
+    turns = np.stack(orders, axis=2).reshape(len(first), -1)
+    return np.array([list(dict.fromkeys(row))[:size] for row in turns.tolist()])
+
+
+Cells = dict[tuple[int, float], float]
+Row = tuple[str, str, float, Cells]
+
+
+def measure(exact: np.ndarray, found: list[Found], words: Found) -> list[Row]:
+    """Recall by (k, share) of every way to retrieve."""
+    columns = np.arange(exact.shape[1])
+
+    def cells(choose: Callable[[int, float], np.ndarray]) -> Cells:
+        return {(k, s): float(recall_at_k(exact, columns, choose(k, s), k)) for k, s in product(KS, SHARES)}
+
+    rows = [(f.family, f.name, f.bytes, cells(lambda k, s, f=f: top(f.scores, k, s))) for f in found]
+    for family in ("Hadamard 32,000", "Hadamard 8,192", "learned split, 32,000"):
+        f = next(f for f in found if (f.family, f.name) == (family, "1 bit"))
+        both = cells(lambda k, s, f=f: union(f.scores, words.scores, k, s))
+        rows.append(("with BM25, half each", f"{family}, 1 bit", f.bytes, both))
     return rows
 
 
-def search(config: Config, phi: np.ndarray, psi: np.ndarray, ids: np.ndarray, bits: int) -> tuple[np.ndarray, float]:
-    """Ids of the best 5% for each query by codes of that many bits a dimension, and the bytes of a code."""
-    settings = config.index.model_copy(update={"bits": bits, "kind": "rabitq"})
-    with TemporaryDirectory() as folder:
-        trained, shard = Path(folder, "trained.faiss"), Path(folder, "shard.faiss")
-        index.train(phi[:512], settings, len(phi), trained)
-        index.build_shard(trained, phi, ids, shard)
-        opened = index.Index([shard], settings)
-        return opened.search(psi, int(len(ids) * SHARES[-1]) + 1)[1], opened.bytes_per_vector
-
-
 def print_rows(rows: list[Row]) -> None:
-    table = Table("whitening", "dimensions", "bits", "bytes", *(f"@{k} of {s:.1%}" for k, s in product(KS, SHARES)))
-    for row in rows:
-        cells = [f"{row[k, s]:.2f}" for k, s in product(KS, SHARES)]
-        table.add_row(row["whitening"], f"{row['dimensions']:,}", str(row["bits"]), f"{row['bytes']:,.0f}", *cells)
+    """The table, in Markdown."""
+    heads = [f"@{k} of {s:.1%}" for k, s in product(KS, SHARES)]
+    table = Table("sketch", "coding", "bytes", *heads)
+    for family, name, size, cells in rows:
+        numbers = [f"{cells[key]:.3f}" for key in product(KS, SHARES)]
+        table.add_row(family, name, f"{size:,.0f}", *numbers)
+        print("|", " | ".join((family, name, f"{size:,.0f}", *numbers)), "|")
     console.print(table)
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Recall@10 with 2% re-scored against bytes per sequence, one line a whitening and number of bits."""
+    """Recall@10 and @100 with 2% re-scored against bytes per sequence, a line a coding."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(7, 4.4))
-    for whitening, bits in product(WHITENINGS, BITS):
-        line = [(row["bytes"], row[10, 0.02]) for row in rows if (row["whitening"], row["bits"]) == (whitening, bits)]
-        axis.plot(*zip(*line, strict=True), "o-" if bits == 1 else "s--", label=f"{whitening}, {bits} bit")
-    axis.set(xscale="log", xlabel="bytes per sequence", ylabel="recall@10, 2% re-scored", ylim=(0, 1.02))
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    groups = [
+        ("Hadamard, 1 bit", "o-", lambda f, n: f[:8] == "Hadamard" and f.count(",") < 2 and n == "1 bit"),
+        ("Hadamard, 4 bits", "o--", lambda f, n: f.startswith("Hadamard") and n == "4 bits"),
+        ("Hadamard, float32", "o:", lambda f, n: f.startswith("Hadamard") and n == "float32"),
+        ("learned split, 1 bit", "s-", lambda f, n: f.startswith("learned split") and n == "1 bit"),
+        ("learned split, 4 bits", "s--", lambda f, n: f.startswith("learned split") and n == "4 bits"),
+        ("whitening kronecker or none, 1 bit", "v", lambda f, n: f.endswith(("kronecker", "none"))),
+        ("two-sided random", "x:", lambda f, n: f.startswith("two-sided random")),
+        ("two-sided learned", "+:", lambda f, n: f.startswith("two-sided learned")),
+        ("principal components", "d:", lambda f, n: f.startswith("principal")),
+        ("chosen coordinates", "^", lambda f, n: "coordinates" in f),
+        ("mixed precision", "*", lambda f, n: f == "mixed precision"),
+        ("half BM25, half Hadamard or split", "P", lambda f, n: f.startswith("with BM25")),
+    ]
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.2), sharey=True)
+    for axis, k in zip(axes, KS, strict=True):
+        for label, style, chosen in groups:
+            line = sorted((size, cells[k, 0.02]) for family, name, size, cells in rows if chosen(family, name))
+            axis.plot(*zip(*line, strict=True), style, label=label, markersize=6, linewidth=1.4)
+        axis.axvline(4096, color="grey", linewidth=0.8)
+        words = next(cells for family, _, _, cells in rows if family == "BM25")
+        axis.axhline(words[k, 0.02], color="black", linewidth=0.8, linestyle="--", label="BM25 alone")
+        axis.set(xscale="log", xlabel="bytes per sequence", title=f"exact top {k}, 2% re-scored", ylim=(0, 1.02))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("recall")
+    axes[0].legend(fontsize=7.5, loc="lower right")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
     pyplot.close(figure)
 
 
 def main() -> None:
-    config = Config.load(sys.argv[1])
-    rows = measure(config)
+    pipeline = Pipeline(Config.load(sys.argv[1]))
+    path = Path(sys.argv[2]) if len(sys.argv) > 2 else pipeline.workspace.root / "recall.png"
+    queries = pipeline.held_out()
+    assert queries is not None, "set `queries` in the configuration"
+    count = len(pipeline.shards(pipeline.target))
+    exact = np.concatenate([np.load(pipeline.exact_shard(shard))[0] for shard in range(count)], axis=1)
+    parts = [corpus.read_shard(source) for source in pipeline.shards(pipeline.target)]
+    sequences = Sequences(
+        [ids for part in parts for ids in part.input_ids],
+        [labels for part in parts for labels in part.labels],
+        [mark for part in parts for mark in part.fingerprints],
+        [name for part in parts for name in part.document_ids],
+        np.concatenate([part.sequence_ids for part in parts]),
+    )
+    learned = learn(pipeline, sequences)
+    found = estimate(pipeline, learned, sequences, passed(pipeline, queries.sequences))
+    words = lexical(pipeline, queries, sequences)
+    found += [*cascades(found), built(pipeline, queries, sequences.sequence_ids), words]
+    rows = measure(exact, found, words)
+    entries = len(learned.weights.f)
+    console.print(f"{len(sequences):,} sequences, {len(queries)} queries, {entries:,} gradient entries")
     print_rows(rows)
-    path = config.workspace / "recall.png"
     plot(rows, path)
     console.print(f"Plot: {path}")
 
