@@ -145,6 +145,12 @@ class IndexSettings(Settings):
     )
     recall_queries: int = Field(60, ge=0, description="Held-out queries that measure recall at a build.")
     recall_sample: int = Field(20_000, ge=1, description="Sequences scored exactly to measure recall.")
+    recall_rank: int | None = Field(
+        None,
+        ge=1,
+        description="Rank that the held-out queries' filtered gradients are cut to when recall is measured: one pass "
+        "over the sample whatever the memory. Whole, and exact, by default; the generation records what a cut loses.",
+    )
     min_recall: float = Field(
         0.0, ge=0, le=1, description="A build whose recall@10 at 2% re-scored is lower is kept but not published."
     )

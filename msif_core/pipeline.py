@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from msif_core import answering, catalog, corpus, drift, generations, index, records, reuse, storage
+from msif_core import answering, catalog, corpus, drift, generations, index, low_rank, records, reuse, sketch, storage
 from msif_core.attribution import Attribution
 from msif_core.batching import Sequences
 from msif_core.errors import InputError
@@ -66,7 +66,7 @@ class Pipeline(Stages):
         key = storage.fingerprint(
             self.factors_fingerprint(self.target),
             self.config.stage(self.target).filter.model_dump(),
-            self.config.sketch.model_dump(),
+            [sketch.VERSION, self.config.sketch.model_dump()],
             self.config.index.model_dump(include={"kind", "bits"}),
         )
         return self.workspace.root / "codes" / key
@@ -165,7 +165,9 @@ class Pipeline(Stages):
         """Folder of the exact scores that these queries, factors and filters give."""
         chain_key = [self.factors_fingerprint(stage.name) for stage in self.config.stages]
         filters = [stage.filter.model_dump() for stage in self.config.stages]
-        return self.workspace.root / "exact" / storage.fingerprint(queries.fingerprint, chain_key, filters)
+        rank = self.config.index.recall_rank
+        cut = [] if rank is None else [rank]
+        return self.workspace.root / "exact" / storage.fingerprint(queries.fingerprint, chain_key, filters, *cut)
 
     def exact_shard(self, shard: int) -> Path:
         """Exact scores of the held-out queries on one shard's sequences, float32 [2, Q, N], as .npy.
@@ -184,7 +186,9 @@ class Pipeline(Stages):
             known = reuse.copy_known(sequences.fingerprints, self._earlier_scores(shard, folder), scores)
             fresh = np.flatnonzero(~known)
             if len(fresh):
-                scores[fresh] = self._exact_both(queries, sequences.take(fresh)).transpose(2, 0, 1)
+                rank, some = self.config.index.recall_rank, sequences.take(fresh)
+                found = self._cut_both(queries, some, rank) if rank else self._exact_both(queries, some)
+                scores[fresh] = found.transpose(2, 0, 1)
             with open(path, "wb") as handle:
                 np.save(handle, np.ascontiguousarray(scores.transpose(1, 2, 0)))
 
@@ -200,6 +204,20 @@ class Pipeline(Stages):
             filtered = self.chain().filter_all(raw)
             both = {name: torch.cat([v, raw[name].to(v.dtype)]) for name, v in filtered.items()}
             scores[:, rows] += self.exact_scores(both, documents).reshape(2, -1, len(documents))
+        return np.where(np.isfinite(scores), scores, -np.inf)
+
+    def _cut_both(self, queries: Queries, documents: Sequences, rank: int) -> npt.NDArray[np.float64]:
+        """The same up to what a cut of the queries' gradients to `rank` leaves out, in one pass over the documents."""
+        filtered: dict[str, low_rank.LowRank] = {}
+        raw: dict[str, low_rank.LowRank] = {}
+        for _, gradients in self.query_gradients(queries):
+            for name, v in self.chain().filter_all(gradients).items():
+                filtered[name] = low_rank.joined(filtered.get(name), low_rank.cut(v, rank))
+                raw[name] = low_rank.joined(raw.get(name), low_rank.cut(gradients[name].to(v.dtype), rank))
+        lost = float(low_rank.relative_error(filtered).mean())
+        storage.write_json(self.exact_folder(queries) / "cut.json", {"rank": rank, "relative_error": lost})
+        both = {name: low_rank.joined(filtered[name], raw[name]) for name in filtered}
+        scores = self.low_rank_scores(both, documents).reshape(2, len(queries), len(documents))
         return np.where(np.isfinite(scores), scores, -np.inf)
 
     def _earlier_scores(self, shard: int, folder: Path) -> Iterator[tuple[list[str], npt.NDArray[Any]]]:
@@ -225,6 +243,7 @@ class Pipeline(Stages):
             "queries": len(queries),
             "sequences": len(ids),
             "bytes_per_sequence": found.bytes_per_vector,
+            **({"cut": storage.read_json(cut)} if (cut := self.exact_folder(queries) / "cut.json").exists() else {}),
             "recall_at_10": {
                 f"{share:g}": recall_at_k(exact, ids, retrieved[:, : max(10, int(len(ids) * share))], 10)
                 for share in shares

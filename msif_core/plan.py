@@ -160,7 +160,8 @@ def make_plan(
     if device == "measure":
         found = {name: _measured(config, planned, speed) for name, planned in found.items()}
     last, target = found[config.stages[-1].name], found[config.attribute_to]
-    sweeps = query_sweeps(config, last.work, config.index.recall_queries if config.queries else 0)
+    sweeps = query_sweeps(config, last.work, config.index.recall_queries) if config.queries else 0
+    sweeps = min(sweeps, 1) if config.index.recall_rank else sweeps
     kind = kind_for(config.index, target.size.sequences)
     index_bytes = target.size.sequences * code_bytes(config, kind) + target.size.shards * 4 * config.sketch.dimensions
     steps = [step for planned in found.values() for step in fit_steps(config, planned, speed)]
@@ -336,11 +337,14 @@ def index_steps(config: Config, planned: _Planned, sweeps: int, speed: Rates) ->
     steps = [Step("sketches", size.name, model + products + outer, seconds, size.shards, memory, measured)]
     if sweeps:
         count = min(config.index.recall_sample, size.sequences)
-        model, products = count * sweeps * work.forward_backward(), 4.0 * config.index.recall_queries * work.tracked
-        products, outer = count * products, count * work.gradients()
+        scored, rank = 2 * config.index.recall_queries, config.index.recall_rank
+        ranked = sum(m.groups * (m.shape[1] + m.d_in) for m in work.maps) * (rank or 0)
+        entries, products = (ranked, work.tokens * ranked) if rank else (work.tracked, work.tracked)  # of one query
+        model, products = count * sweeps * work.forward_backward(), 2.0 * count * scored * products
+        outer = 0.0 if rank else count * work.gradients()
         tasks = min(size.shards, math.ceil(count / config.corpus.shard_sequences))
         seconds, held = speed.seconds(model, products, outer), 1e9 * config.curvature.memory_budget_gb
-        held = min(held, 4.0 * COPIES * config.index.recall_queries * work.tracked)
+        held = 4.0 * scored * entries if rank else min(held, 2.0 * COPIES * scored * entries)
         memory = footprint.of_pass(config, work, size.model_bytes) + held
         steps.append(Step("recall", size.name, model + products + outer, seconds, tasks, memory))
     return steps

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from msif_core import models, scoring, storage
+from msif_core import low_rank, models, scoring, storage
 from msif_core.batching import IGNORED, Sequences
 from msif_core.config import Config
 from msif_core.curvature import fit
@@ -156,6 +156,7 @@ PASSES: dict[str, tuple[Any, Callable[[Pass, tuple[Any, ...], dict[str, Any]], A
     "finite_sequences": (fit, _gathered(0)),
     "query_gradients": (scoring, _measured),
     "score_sequences": (scoring, _gathered(1)),
+    "score_low_rank": (low_rank, _gathered(1)),
     "documents": (Sketcher, _gathered(0)),
 }
 """The passes, where each lives, and how its results come together."""

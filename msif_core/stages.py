@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from msif_core import corpus, models, scoring, storage
+from msif_core import corpus, low_rank, models, scoring, storage
 from msif_core.batching import Sequences
 from msif_core.chain import Chain, FilteredStage
 from msif_core.config import Config
@@ -305,6 +305,12 @@ class Stages:
         if not shared:
             raise InputError("no tracked map of the last stage is found in every stage below it: nothing to score with")
         return total.astype(np.float32)
+
+    def low_rank_scores(self, queries: dict[str, low_rank.LowRank], sequences: Sequences) -> npt.NDArray[np.float64]:
+        """Scores of the attributed stage's sequences by cut query gradients, [Q, N]."""
+        target = self.config.stage(self.config.attribute_to)
+        model, maps = self.model(target.name), self.maps(target.name)
+        return low_rank.score_low_rank(model, maps, queries, sequences, self.batch_tokens, task=target.task)
 
     def exact_scores(self, filtered: Gradients, sequences: Sequences) -> npt.NDArray[np.float64]:
         """The part of the exact scores of the attributed stage's sequences that these maps give, [Q, N]."""

@@ -37,7 +37,7 @@ def generation(manifest: Row, headline: str, folder: Path, published: bool) -> s
         parts += [
             "## Recall",
             f"Share of the exact top ten found, over {recall['queries']:,} held-out queries "
-            f"and {recall['sequences']:,} sequences.",
+            f"and {recall['sequences']:,} sequences{_cut(recall.get('cut'))}.",
             table(
                 ("sequences scored exactly", "recall@10"),
                 [(f"{float(s):.1%}", f"{v:.3f}") for s, v in measured.items()],
@@ -82,6 +82,12 @@ def attribution(found: Attribution, page: Path) -> str:
     if asked > QUERIES:
         parts.append(f"{asked - QUERIES:,} more queries are in the answer: on the page, in SQL.")
     return "\n\n".join(parts)
+
+
+def _cut(cut: Row | None) -> str:
+    if cut is None:
+        return ""
+    return f"; the queries cut to rank {cut['rank']}, which loses {cut['relative_error']:.1%} of their norm"
 
 
 def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

@@ -186,7 +186,7 @@ def plot(rows: list[tuple[Any, ...]], path: Path) -> None:
         axis.barh(methods, [value[n][0] for n in methods], xerr=[value[n][1] for n in methods], color=colors)
         if "noise ceiling" in value:
             axis.axvline(value["noise ceiling"][0], color="black", linestyle="--", label="noise ceiling")
-            axis.legend(loc="lower right", fontsize=8)
+            axis.legend(loc="upper right", fontsize=8)
         axis.set_title(f"{group} queries")
         axis.set_xlabel("linear datamodeling score")
     axes[0][0].invert_yaxis()
