@@ -50,8 +50,8 @@ class Size:
 
 
 SIZES = {
-    "3 M": Size(hidden=256, layers=4, heads=4, sequences=128, queries=64),
-    "10 M": Size(hidden=384, layers=6, heads=6, sequences=48, queries=64),
+    "3 M": Size(hidden=256, layers=4, heads=4, sequences=32, queries=64),
+    "10 M": Size(hidden=384, layers=6, heads=6, sequences=32, queries=64),
     "100 M": Size(hidden=768, layers=14, heads=12, sequences=8, queries=8),
 }
 QUICK = {"0.8 M": Size(hidden=128, layers=4, heads=4, sequences=64, queries=32)}

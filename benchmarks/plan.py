@@ -27,7 +27,6 @@ from msif_core.plan import Plan, make_plan
 
 SIZES = {
     "3 M": inputs.Size(hidden=256, layers=4, heads=4, sequences=256, queries=1, tokens=128),
-    "6 M": inputs.Size(hidden=320, layers=5, heads=5, sequences=256, queries=1, tokens=64),
 }
 QUICK = {"0.8 M": inputs.Size(hidden=128, layers=4, heads=4, sequences=256, queries=1)}
 STEPS = ("covariances", "eigenbases", "eigenvalues", "sketches", "one query")

@@ -160,7 +160,7 @@ def measure(real: Real, counts: dict[str, int], folder: Path) -> tables.Table:
         made = Resampled(real, count)
         paths = write_shards(made, count, real.phi[:512], folder)
         exact = made.exact()
-        for bits in (4, 8):
+        for bits in (3, 4):
             settings = IndexSettings(kind="rabitq", query_bits=bits)
             _, ids = index.Index(paths, settings).search(real.psi, KEPT)
             recall = recall_at_k(exact, np.arange(count), ids, 10)
