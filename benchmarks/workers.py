@@ -87,8 +87,8 @@ def measure(pipeline: Pipeline, folder: Path, quick: bool) -> tables.Table:
     assert all(digests == seen[0] for digests in seen), "the codes' bits depend on who made them"
     one, two = (statistics.median(times[count]) for count in (1, 2))
     note = (
-        f"Codes of {len(seen[0])} shards of about {pipeline.config.corpus.shard_sequences} sequences, one thread a worker; "
-        f"medians of {REPEATS} interleaved rounds. Every round gave the same bits."
+        f"Codes of {len(seen[0])} shards of about {pipeline.config.corpus.shard_sequences} sequences, one thread a "
+        f"worker; medians of {REPEATS} interleaved rounds. Every round gave the same bits."
     )
     rows: list[list[tables.Cell]] = [[1, one, 1.0], [2, two, one / two / 2]]
     return tables.Table("Workers that share a workspace", ["workers", "seconds", "efficiency"], rows, [note])
