@@ -27,7 +27,7 @@ def draw(found: Sequence[Table], folder: Path) -> list[Path]:
         groups = {t.title.partition(": ")[2]: _column(t, "times the floor") for t in floors}
         drawn.append(_bars(groups, "times the flop floor", folder / "floor.png", TARGET))
     for table in peers:
-        steps = [c.partition(",")[0] for c in table.columns if c.endswith("ms a sequence")]
+        steps = [c.removesuffix(", ms a sequence") for c in table.columns if c.endswith("ms a sequence")]
         at = [i + 1 for i, c in enumerate(table.columns) if c.endswith("ms a sequence")]
         groups = {str(r[0]): {s: r[i] for s, i in zip(steps, at, strict=True)} for r in table.rows}
         drawn.append(_bars(groups, "times msif", folder / "peers.png", 1.0))
