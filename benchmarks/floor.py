@@ -177,7 +177,7 @@ def main() -> None:
         if label != "3 M":
             found.append(profile(passes, options.device))
         if label == next(iter(sizes)):
-            blocked = replace(size, **{"sequences": 32, **changes}, queries=1)
+            blocked = replace(size, **{"sequences": 16, **changes}, queries=1)
             found.append(blocks(label, blocked, options.device, dtype, options.batch_tokens))
         tables.save(options.out / "floor.json", found)
     print("\n".join(table.markdown() for table in found))

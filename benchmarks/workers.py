@@ -21,7 +21,7 @@ from benchmarks import tables, workspace
 from msif_core import storage
 from msif_core.pipeline import Pipeline
 
-REPEATS, SHARDS = 5, 6
+REPEATS, SHARDS = 5, 4
 
 
 def shards_of(pipeline: Pipeline) -> list[int]:

@@ -41,7 +41,7 @@ class Setting:
     batch: int = 16
 
 
-FULL = Setting(inputs.Size(hidden=256, layers=4, heads=4, sequences=0, queries=0), train=48, queries=8)
+FULL = Setting(inputs.Size(hidden=256, layers=4, heads=4, sequences=0, queries=0), train=32, queries=8)
 QUICK = Setting(inputs.Size(hidden=64, layers=2, heads=2, sequences=0, queries=0), train=64, queries=16)
 
 
