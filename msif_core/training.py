@@ -161,10 +161,26 @@ def train_stage(
     return out
 
 
+def mean_token_loss(model: Any, batch: Batch) -> torch.Tensor:
+    """Mean loss of the batch's target tokens; logits are computed at the positions that have one.
+
+    Padding stands on the right, where a causal model never looks: no attention mask is needed.
+    """
+    hidden = model.base_model(input_ids=batch.input_ids, use_cache=False)[0]
+    targets = batch.labels[:, 1:]
+    kept = targets != IGNORED
+    logits = model.get_output_embeddings()(hidden[:, :-1][kept])
+    return torch.nn.functional.cross_entropy(logits.float(), targets[kept], reduction="sum") / max(1, int(kept.sum()))
+
+
 def optimize(
-    model: torch.nn.Module, sequences: Sequences, settings: Training, progress: Progress = _silent
+    model: torch.nn.Module,
+    sequences: Sequences,
+    settings: Training,
+    progress: Progress = _silent,
+    batch_loss: Callable[[Any, Batch], torch.Tensor] = mean_token_loss,
 ) -> tuple[list[float], list[float]]:
-    """Run the recipe on `model` in place; returns each step's loss per token and learning rate."""
+    """Run the recipe on `model` in place; returns each step's loss (per token) and learning rate."""
     device = next(model.parameters()).device
     rates = learning_rates(settings, step_count(len(sequences), settings))
     optimizer = _optimizer(model, settings)
@@ -177,7 +193,7 @@ def optimize(
         for group in optimizer.param_groups:
             group["lr"] = rates[step]
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=reduced):
-            loss = mean_token_loss(model, batch)
+            loss = batch_loss(model, batch)
         if not torch.isfinite(loss):
             raise InputError(f"training: the loss of step {step} is {loss.item()}; lower learning_rate")
         optimizer.zero_grad(set_to_none=True)
@@ -188,18 +204,6 @@ def optimize(
         progress(step + 1, len(rates))
     model.eval()
     return losses, rates
-
-
-def mean_token_loss(model: Any, batch: Batch) -> torch.Tensor:
-    """Mean loss of the batch's target tokens; logits are computed at the positions that have one.
-
-    Padding stands on the right, where a causal model never looks: no attention mask is needed.
-    """
-    hidden = model.base_model(input_ids=batch.input_ids, use_cache=False)[0]
-    targets = batch.labels[:, 1:]
-    kept = targets != IGNORED
-    logits = model.get_output_embeddings()(hidden[:, :-1][kept])
-    return torch.nn.functional.cross_entropy(logits.float(), targets[kept], reduction="sum") / max(1, int(kept.sum()))
 
 
 @torch.no_grad()
