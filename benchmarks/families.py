@@ -25,7 +25,7 @@ from msif_core.config import Training
 from msif_core.evaluation.lds import FloatArray
 from msif_core.losses import target_losses
 from msif_core.models import freeze
-from msif_core.training import Architecture, new_model, optimize, train_tokenizer
+from msif_core.training import Architecture, new_model, optimize, sequence_losses, train_tokenizer
 
 SOURCE = Path(__file__).parents[1] / "data" / "pretrain" / "wordnet.jsonl"
 FOLDER = Path(__file__).parents[1] / "runs" / "new-head"
@@ -110,14 +110,18 @@ class Families:
 class GroundTruth:
     """The trainings and the queries' losses after them."""
 
-    def __init__(self) -> None:
+    def __init__(self, learning_rate: float = FINE_TUNING.learning_rate) -> None:
+        self.fine_tuning = FINE_TUNING.model_copy(update={"learning_rate": learning_rate})
         found = Families.read()
         self.tokenizer = train_tokenizer((record["text"] for record in found.pool), VOCABULARY)
         self.pool = self._encode(found.pool, "causal_lm")
         self.labelled = self._encode(found.labelled, "classification")
         self.queries = self._encode(found.queries, "classification")
-        data = [s.fingerprints for s in (self.pool, self.labelled, self.queries)]
-        recipes = [PRETRAINING.model_dump(), FINE_TUNING.model_dump(), ARCHITECTURE.__dict__]
+        texts = [{"id": record["id"], "text": record["text"]} for record in found.queries]
+        windows = self._encode(texts, "causal_lm")
+        self.texts = windows.take(np.unique(windows.document_ids, return_index=True)[1])
+        data = [s.fingerprints for s in (self.pool, self.labelled, self.queries, self.texts)]
+        recipes = [PRETRAINING.model_dump(), self.fine_tuning.model_dump(), ARCHITECTURE.__dict__]
         self.folder = FOLDER / storage.fingerprint(data, recipes)
 
     def _encode(self, records: list[dict[str, Any]], task: str) -> Sequences:
@@ -137,17 +141,19 @@ class GroundTruth:
         language = new_model(self.tokenizer, ARCHITECTURE, seed)
         optimize(language, self.pool.take(rows), PRETRAINING.model_copy(update={"seed": seed}))
         classifier = with_head(language, len(FAMILIES), seed)
-        recipe = FINE_TUNING.model_copy(update={"seed": seed})
+        recipe = self.fine_tuning.model_copy(update={"seed": seed})
         optimize(classifier, self.labelled, recipe, batch_loss=mean_label_loss)
         return freeze(language), freeze(classifier)
 
     def losses(self, subset: int, seed: int = 0) -> FloatArray:
-        """The queries' losses after training on a subset: [Q]."""
+        """Losses after training on a subset: of the queries' labels, of their texts before the head came: [2, Q]."""
 
         def build(temporary: Path) -> None:
-            _, classifier = self.train(np.flatnonzero(self.masks[subset].numpy()), seed)
+            language, classifier = self.train(np.flatnonzero(self.masks[subset].numpy()), seed)
             with open(temporary, "wb") as file:
-                np.savez(file, losses=label_losses(classifier, self.queries))
+                np.savez(
+                    file, losses=[label_losses(classifier, self.queries), sequence_losses(language, self.texts)[0]]
+                )
 
         path = self.folder / f"losses-{subset:04d}-seed-{seed}.npz"
         return np.asarray(np.load(storage.build_once(path, build))["losses"])

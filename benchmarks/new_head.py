@@ -1,4 +1,4 @@
-"""Does a new head that answers to its body predict retraining better? `python -m benchmarks.new_head`.
+"""Does a new head that answers to its body predict retraining better? `python -m benchmarks.new_head [LEARNING_RATE]`.
 
 Trains what is missing of the ground truth (benchmarks.families: five minutes of one core), then scores the pool by
 the chain as it is, which drops the head, and with the head's Schur complement (benchmarks.schur).
@@ -52,12 +52,16 @@ def fisher_rows(classifier: torch.nn.Module, maps: list[TrackedMap], sequences: 
 
 @dataclass(frozen=True)
 class Bench:
-    """The models of the whole pool, and the subsets' losses [M, Q] that scores are held against."""
+    """The models of the whole pool, and the subsets' losses [M, Q] that scores are held against.
+
+    `of_texts` are the language model's, before the head came: what a method that works predicts (the control).
+    """
 
     truth: GroundTruth
     language: torch.nn.Module
     classifier: torch.nn.Module
     losses: FloatArray
+    of_texts: FloatArray
 
     @cached_property
     def maps(self) -> list[TrackedMap]:
@@ -104,12 +108,14 @@ class Bench:
             found[name] = MapFactors(f.Q_A, f.Q_S, squares)
         return found
 
-    def lds(self, passed: Gradients, attributed: SpectralFilter | None = None) -> FloatArray:
+    def lds(
+        self, passed: Gradients, attributed: SpectralFilter | None = None, losses: FloatArray | None = None
+    ) -> FloatArray:
         """Score of each query, from its gradient as the last stage has passed it down."""
         chain = Chain((FilteredStage(self.first, attributed or Damped(DEFAULT)),))
         found = chain.filter_all(passed)
         predicted = sum((self.sums[name] @ g.flatten(1).T).double().numpy() for name, g in found.items())
-        return spearman(predicted, -self.losses)
+        return spearman(predicted, -(self.losses if losses is None else losses))
 
     def methods(self) -> Iterator[tuple[str, FloatArray]]:
         """A name and the score of each query."""
@@ -127,6 +133,8 @@ class Bench:
         yield "EK-FAC, query's gradient at the last stage", self.lds(body)
         yield "the same, gradient corrected", self.lds(moved)
         yield "gradient dot product", self.lds(body, Identity())
+        texts = gradients(self.language, self.maps, self.truth.texts, "causal_lm")
+        yield "control: EK-FAC, the text's loss before the head", self.lds(texts, losses=self.of_texts)
         for damping in HEAD_DAMPINGS:
             other = dataclasses.replace(head, head_damping=damping)
             moved = other.corrected(body, g_p)
@@ -144,15 +152,16 @@ class Bench:
 
 def main() -> None:
     torch.set_num_threads(1)
-    truth = GroundTruth()
+    truth = GroundTruth(*map(float, sys.argv[1:2]))
     losses = []
     for subset in range(SUBSETS):
         losses.append(truth.losses(subset))
         print(f"subsets: {subset + 1}/{SUBSETS}", file=sys.stderr)
-    again = np.stack([truth.losses(subset, 1) for subset in range(REPEATS)])
-    found = np.stack(losses)
-    ceiling, error = noise_ceiling(found[:REPEATS], again)
-    bench = Bench(truth, *truth.train(np.arange(len(truth.pool)), 0), found)
+    found, of_texts = np.stack(losses, axis=1)
+    again = np.stack([truth.losses(subset, 1) for subset in range(REPEATS)], axis=1)
+    ceiling, error = noise_ceiling(found[:REPEATS], again[0])
+    of_text, text_error = noise_ceiling(of_texts[:REPEATS], again[1])
+    bench = Bench(truth, *truth.train(np.arange(len(truth.pool)), 0), found, of_texts)
     methods = dict(bench.methods())
     base = next(iter(methods.values()))
     table = Table("method", "LDS", "minus the first", title=f"A new head: {len(base)} queries, {SUBSETS} subsets")
@@ -161,6 +170,7 @@ def main() -> None:
         difference, paired = paired_difference(scores, base)
         table.add_row(name, f"{value:.3f} ± {deviation:.3f}", f"{difference:+.3f} ± {paired:.3f}")
     console.print(table)
+    console.print(f"Noise ceiling {ceiling:.3f} ± {error:.3f}; of the control {of_text:.3f} ± {text_error:.3f}")
     spread = found.std(axis=0).mean()
     console.print(
         f"Noise ceiling {ceiling:.3f} ± {error:.3f}; mean loss {found.mean():.3f}, over subsets ± {spread:.3f}"
