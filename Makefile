@@ -31,8 +31,10 @@ drill: .venv/.ok  ## The long drills
 bench: .venv/.ok  ## Speed and memory beside the floor and the peers (20 to 25 minutes)
 	$(BIN)/python -m benchmarks
 
-accuracy: .venv/.ok  ## Methods beside retraining: docs/accuracy.md's tables (45 minutes)
+accuracy: .venv/.ok  ## Methods beside retraining, on two corpora: docs/accuracy.md's tables (an hour)
 	$(BIN)/python -m benchmarks.accuracy
+	$(BIN)/python -m benchmarks.speeches
+	$(BIN)/python -m benchmarks.accuracy deployments/configs/retrain-speeches.yaml
 
 clean:  ## Remove the demo's workspace
 	rm -rf runs
