@@ -13,9 +13,8 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from msif_core import answering, catalog, corpus, drift, generations, index, low_rank, records, reuse, sketch, storage
+from msif_core import answering, catalog, corpus, drift, generations, index, records, reuse, sketch, storage
 from msif_core.attribution import Attribution
 from msif_core.batching import Sequences
 from msif_core.errors import InputError
@@ -187,38 +186,17 @@ class Pipeline(Stages):
             fresh = np.flatnonzero(~known)
             if len(fresh):
                 rank, some = self.config.index.recall_rank, sequences.take(fresh)
-                found = self._cut_both(queries, some, rank) if rank else self._exact_both(queries, some)
-                scores[fresh] = found.transpose(2, 0, 1)
+                if rank is None:
+                    both = self.both_scores(queries, some)
+                else:
+                    both, lost = self.cut_both_scores(queries, some, rank)
+                    storage.write_json(folder / "cut.json", {"rank": rank, "relative_error": lost})
+                # A sequence whose gradient is not finite is in quarantine: it ranks last.
+                scores[fresh] = np.where(np.isfinite(both), both, -np.inf).transpose(2, 0, 1)
             with open(path, "wb") as handle:
                 np.save(handle, np.ascontiguousarray(scores.transpose(1, 2, 0)))
 
         return storage.build_once(folder / f"{source.stem}.npy", build)
-
-    def _exact_both(self, queries: Queries, documents: Sequences) -> npt.NDArray[np.float64]:
-        """Multi-stage scores and gradient dot products, [2, Q, N].
-
-        A sequence whose gradient is not finite is in quarantine: it ranks last.
-        """
-        scores = np.zeros((2, len(queries), len(documents)))
-        for rows, raw in self.query_gradients(queries):
-            filtered = self.chain().filter_all(raw)
-            both = {name: torch.cat([v, raw[name].to(v.dtype)]) for name, v in filtered.items()}
-            scores[:, rows] += self.exact_scores(both, documents).reshape(2, -1, len(documents))
-        return np.where(np.isfinite(scores), scores, -np.inf)
-
-    def _cut_both(self, queries: Queries, documents: Sequences, rank: int) -> npt.NDArray[np.float64]:
-        """The same up to what a cut of the queries' gradients to `rank` leaves out, in one pass over the documents."""
-        filtered: dict[str, low_rank.LowRank] = {}
-        raw: dict[str, low_rank.LowRank] = {}
-        for _, gradients in self.query_gradients(queries):
-            for name, v in self.chain().filter_all(gradients).items():
-                filtered[name] = low_rank.joined(filtered.get(name), low_rank.cut(v, rank))
-                raw[name] = low_rank.joined(raw.get(name), low_rank.cut(gradients[name].to(v.dtype), rank))
-        lost = float(low_rank.relative_error(filtered).mean())
-        storage.write_json(self.exact_folder(queries) / "cut.json", {"rank": rank, "relative_error": lost})
-        both = {name: low_rank.joined(filtered[name], raw[name]) for name in filtered}
-        scores = self.low_rank_scores(both, documents).reshape(2, len(queries), len(documents))
-        return np.where(np.isfinite(scores), scores, -np.inf)
 
     def _earlier_scores(self, shard: int, folder: Path) -> Iterator[tuple[list[str], npt.NDArray[Any]]]:
         """Fingerprints and exact scores [N, 2, Q] of earlier shards."""

@@ -306,11 +306,30 @@ class Stages:
             raise InputError("no tracked map of the last stage is found in every stage below it: nothing to score with")
         return total.astype(np.float32)
 
-    def low_rank_scores(self, queries: dict[str, low_rank.LowRank], sequences: Sequences) -> npt.NDArray[np.float64]:
-        """Scores of the attributed stage's sequences by cut query gradients, [Q, N]."""
-        target = self.config.stage(self.config.attribute_to)
-        model, maps = self.model(target.name), self.maps(target.name)
-        return low_rank.score_low_rank(model, maps, queries, sequences, self.batch_tokens, task=target.task)
+    def both_scores(self, queries: Queries, documents: Sequences) -> npt.NDArray[np.float64]:
+        """Multi-stage scores and gradient dot products, [2, Q, N]."""
+        scores, chain = np.zeros((2, len(queries), len(documents))), self.chain()
+        for rows, raw in self.query_gradients(queries):
+            both = {name: torch.cat([v, raw[name].to(v.dtype)]) for name, v in chain.filter_all(raw).items()}
+            scores[:, rows] += self.exact_scores(both, documents).reshape(2, -1, len(documents))
+        return scores
+
+    def cut_both_scores(
+        self, queries: Queries, documents: Sequences, rank: int
+    ) -> tuple[npt.NDArray[np.float64], float]:
+        """The same by gradients cut to `rank`, in one pass over the documents; and the share of norm lost."""
+        filtered: dict[str, low_rank.LowRank] = {}
+        raw: dict[str, low_rank.LowRank] = {}
+        chain, target = self.chain(), self.config.stage(self.config.attribute_to)
+        for _, gradients in self.query_gradients(queries):
+            for name, v in chain.filter_all(gradients).items():
+                filtered[name] = low_rank.joined(filtered.get(name), low_rank.cut(v, rank))
+                raw[name] = low_rank.joined(raw.get(name), low_rank.cut(gradients[name].to(v.dtype), rank))
+        both = {name: low_rank.joined(filtered[name], raw[name]) for name in filtered}
+        scores = low_rank.score_low_rank(
+            self.model(target.name), self.maps(target.name), both, documents, self.batch_tokens, task=target.task
+        )
+        return scores.reshape(2, len(queries), len(documents)), float(low_rank.relative_error(filtered).mean())
 
     def exact_scores(self, filtered: Gradients, sequences: Sequences) -> npt.NDArray[np.float64]:
         """The part of the exact scores of the attributed stage's sequences that these maps give, [Q, N]."""
