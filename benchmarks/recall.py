@@ -22,7 +22,6 @@ from msif_core import corpus, index
 from msif_core.batching import Sequences, batches
 from msif_core.capture import capture
 from msif_core.config import Config
-from msif_core.curvature.gradients import RotatedGradients
 from msif_core.evaluation.recall import recall_at_k
 from msif_core.lexical import LexicalIndex
 from msif_core.losses import target_loss
@@ -61,13 +60,13 @@ def gather(pipeline: Pipeline, sequences: Sequences) -> Iterator[tuple[np.ndarra
     """Rows of a batch and their gradients in the attributed stage's eigenbasis, flat: float32 [n, D]."""
     model, maps = pipeline.model(pipeline.target), pipeline.maps(pipeline.target)
     factors = pipeline.factors(pipeline.target)
-    rotated = RotatedGradients({m.name: factors[m.name] for m in maps})
+    held = {m.name: factors[m.name] for m in maps}
     loss = target_loss(pipeline.config.stage(pipeline.target).task)
     for batch in batches(sequences, pipeline.batch_tokens):
         found: dict[str, torch.Tensor] = {}
 
         def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, found: dict[str, torch.Tensor] = found) -> None:
-            found[m.name] = torch.cat([g.flatten(1).clone() for _, g in rotated.chunks(m, a, d)])
+            found[m.name] = held[m.name].rotate(torch.einsum("ntgb,nti->ngbi", d, a)).flatten(1)
 
         capture(model, maps, batch, loss, consume)
         yield batch.rows, torch.cat([found[m.name] for m in maps], 1)
@@ -78,7 +77,7 @@ def passed(pipeline: Pipeline, sequences: Sequences) -> torch.Tensor:
     maps, chain = pipeline.maps(pipeline.target), pipeline.chain()
     task = pipeline.config.stage(pipeline.last).task
     found = query_gradients(pipeline.model(pipeline.last), maps, sequences, pipeline.batch_tokens, task=task)
-    rotated = [chain.rotated(m.name, found[m.name]) for m in maps]
+    rotated = [chain.passed(m.name, found[m.name]) for m in maps]
     return torch.cat([g.flatten(1) for g in rotated if g is not None], 1)
 
 

@@ -29,6 +29,10 @@ class MapCurvature(Protocol):
         """V in the eigenbasis."""
         ...
 
+    def unrotate(self, V: torch.Tensor) -> torch.Tensor:
+        """Back from the eigenbasis."""
+        ...
+
 
 class StageCurvature(Protocol):
     """Curvature of a stage's maps, by name."""
@@ -48,25 +52,31 @@ class FilteredStage:
 
 @dataclass(frozen=True)
 class Chain:
-    """The stages in training order, seen from the one that is attributed to (METHOD section 2)."""
+    """The stages in training order, seen from the one that is attributed to (METHOD section 2).
+
+    A query's gradient may be given `rotated`, in the last stage's eigenbasis: formed from rotated tokens it costs
+    less than rotating it.
+    """
 
     stages: tuple[FilteredStage, ...]
     attributed: int = 0
 
-    def filter(self, name: str, V: torch.Tensor) -> torch.Tensor | None:
+    def filter(self, name: str, V: torch.Tensor, *, rotated: bool = False) -> torch.Tensor | None:
         """A query's gradient V [..., G, b, d_in] of one map, filtered by stages K, K-1, .. s+1, and then s.
 
         None where the map has no parent in a lower stage (a new head): it drops out of the score.
         """
-        passed = self._pass(name, V)
-        stage = self.stages[self.attributed]
-        if passed is None or not _has(stage, name, V):
+        stages = self.stages[self.attributed :]
+        if not all(_has(stage, name, V) for stage in stages):
             return None
-        return stage.curvature[name].apply(passed, stage.filter.attributed)
+        for stage in reversed(stages):
+            function = stage.filter.attributed if stage is stages[0] else stage.filter.passing
+            V = _apply(stage.curvature[name], V, function, rotated and stage is stages[-1])
+        return V
 
-    def filter_all(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def filter_all(self, gradients: Mapping[str, torch.Tensor], *, rotated: bool = False) -> dict[str, torch.Tensor]:
         """The filtered gradients of all maps; those without a parent stage are left out."""
-        filtered = {name: self.filter(name, V) for name, V in gradients.items()}
+        filtered = {name: self.filter(name, V, rotated=rotated) for name, V in gradients.items()}
         return {name: V for name, V in filtered.items() if V is not None}
 
     def filter_back(self, name: str, V: torch.Tensor) -> torch.Tensor | None:
@@ -82,20 +92,14 @@ class Chain:
             V = stage.curvature[name].apply(V, stage.filter.passing)
         return V
 
-    def rotated(self, name: str, V: torch.Tensor) -> torch.Tensor | None:
+    def passed(self, name: str, V: torch.Tensor, *, rotated: bool = False) -> torch.Tensor | None:
         """V filtered by the stages above the attributed one, in the attributed stage's eigenbasis."""
-        passed = self._pass(name, V)
-        stage = self.stages[self.attributed]
-        if passed is None or not _has(stage, name, V):
+        stages = self.stages[self.attributed :]
+        if not all(_has(stage, name, V) for stage in stages):
             return None
-        return stage.curvature[name].rotate(passed)
-
-    def _pass(self, name: str, V: torch.Tensor) -> torch.Tensor | None:
-        for stage in reversed(self.stages[self.attributed + 1 :]):
-            if not _has(stage, name, V):
-                return None
-            V = stage.curvature[name].apply(V, stage.filter.passing)
-        return V
+        for stage in reversed(stages[1:]):
+            V = _apply(stage.curvature[name], V, stage.filter.passing, rotated and stage is stages[-1])
+        return V if rotated and len(stages) == 1 else stages[0].curvature[name].rotate(V)
 
     def levels(self, name: str) -> list[list[float]]:
         """The damping (or tau) that each stage uses for each block of a map, for the record."""
@@ -105,6 +109,11 @@ class Chain:
             level = stage.filter.level(stage.curvature[name].eigenvalues) if used else torch.zeros(0)  # type: ignore[attr-defined]
             found.append(level.flatten().tolist())
         return found
+
+
+def _apply(curvature: MapCurvature, V: torch.Tensor, function: Function, rotated: bool) -> torch.Tensor:
+    """f(H) V, of V in the eigenbasis where it is `rotated`."""
+    return curvature.unrotate(V * function(curvature.eigenvalues)) if rotated else curvature.apply(V, function)
 
 
 def _has(stage: FilteredStage, name: str, V: torch.Tensor) -> bool:

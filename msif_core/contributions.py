@@ -29,7 +29,7 @@ def add_contributions(tables: Tables, pipeline: Pipeline, query: Queries, docume
     by_token = [np.zeros(len(ids), np.float32) for ids in documents.input_ids]
     by_map: list[dict[str, float]] = [{} for _ in documents.input_ids]
     for _, gradients in pipeline.query_gradients(query):
-        filtered = chain.filter_all(gradients)
+        filtered = chain.filter_all(gradients, rotated=True)
         if not filtered:
             continue
         model, maps = pipeline.model(target.name), pipeline.maps(target.name)

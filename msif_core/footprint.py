@@ -12,7 +12,7 @@ import torch
 
 from msif_core.config import Config
 from msif_core.curvature.fit import partitions
-from msif_core.curvature.gradients import CHUNK_ENTRIES
+from msif_core.curvature.gradients import CACHED_ENTRIES, CHUNK_ENTRIES
 from msif_core.losses import CHUNK_ENTRIES as SOFTMAX_ENTRIES
 from msif_core.work import Work
 
@@ -46,10 +46,11 @@ def sampling(config: Config, work: Work) -> float:
     return 24.0 * min(SOFTMAX_ENTRIES, tokens * settings.vocab_size)
 
 
-def gradients(config: Config, work: Work) -> float:
-    """Per-sequence gradients of one map for some of a batch, and a copy of them."""
+def gradients(config: Config, work: Work, accelerator: bool) -> float:
+    """Per-sequence gradients of one map for some of a batch, and two copies while they are rotated."""
     count = max(1.0, config.compute.batch_tokens / work.tokens)
-    return 8.0 * max(min(count * m.size, max(CHUNK_ENTRIES, m.size)) for m in work.maps)
+    most = CHUNK_ENTRIES if accelerator else CACHED_ENTRIES
+    return 12.0 * max(min(count * m.size, max(most, m.size)) for m in work.maps)
 
 
 def of_pass(config: Config, work: Work, model: float) -> float:
@@ -68,7 +69,7 @@ def of_fit(config: Config, work: Work, model: float, parts: int, accelerator: bo
         "eigenbases": PROCESS + model + EIGH_COPIES * 8.0 * n * n + mapped,
         "eigenvalues": held
         + max(map(sum, zip(covariances, values, strict=True)))
-        + max(drawn, gradients(config, work)),
+        + max(drawn, gradients(config, work, accelerator)),
     }
 
 
@@ -76,7 +77,7 @@ def of_sketches(config: Config, work: Work, model: float, sequences: float, acce
     """Bytes at the peak of a shard of so many sequences, whose folded gradients stay on the CPU."""
     sweep = max(map(sum, zip(*_sweeps(config, work), strict=True)))
     shard = 0.0 if accelerator else 4.0 * config.sketch.dimensions * sequences
-    passing = of_pass(config, work, model) + gradients(config, work)
+    passing = of_pass(config, work, model) + gradients(config, work, accelerator)
     weighing = PROCESS + model + SIGN_BYTES * work.widest
     mixing = PROCESS + model + MIXED_COPIES * shard
     return max(sweep + shard + max(passing, weighing), mixing)

@@ -57,7 +57,7 @@ class Pipeline(Stages):
         sketcher, chain = self.sketcher(), self.chain()
         psi = np.zeros((len(queries), self.config.sketch.dimensions), dtype=np.float32)
         for rows, gradients in self.query_gradients(queries):
-            psi[rows] += sketcher.queries(gradients, chain)
+            psi[rows] += sketcher.queries(gradients, chain, rotated=True)
         return psi
 
     def codes_folder(self) -> Path:

@@ -11,8 +11,9 @@ from torch import nn
 
 from msif_core.batching import Batch, Sequences, batches
 from msif_core.capture import capture, forward
+from msif_core.curvature.factors import Factors
 from msif_core.curvature.fit import sum_dtype
-from msif_core.curvature.gradients import CHUNK_ENTRIES, PerSequenceGradients, gradient_chunks
+from msif_core.curvature.gradients import CHUNK_ENTRIES, PerSequenceGradients, RotatedGradients
 from msif_core.losses import target_loss, target_losses
 from msif_core.models import TrackedMap
 
@@ -54,31 +55,32 @@ def query_gradients(
     *,
     task: str,
     measurements: Sequence[Mapping[int, float]] | None = None,
+    factors: Factors | None = None,
 ) -> Gradients:
-    """Gradient of each measurement: map name to [Q, G, b, d_in], in the sums' dtype.
+    """Gradient of each measurement: map name to [Q, G, b, d_in], in the sums' dtype; with `factors`, rotated by them.
 
     A measurement is a weighted sum of sequences' summed losses, a mapping of rows to weights; without
     `measurements`, each sequence is one.
     """
     device, dtype = next(model.parameters()).device, sum_dtype(model)
     terms = [{row: 1.0} for row in range(len(sequences))] if measurements is None else measurements
-    owners, rows, weights = (
+    owners, members, weights = (
         torch.tensor(column, device=device)
         for column in zip(*((q, row, w) for q, term in enumerate(terms) for row, w in term.items()), strict=True)
     )
     found = {m.name: torch.zeros(len(terms), *m.shape, dtype=dtype, device=device) for m in maps}
-    formed = PerSequenceGradients()
+    formed = PerSequenceGradients(dtype) if factors is None else RotatedGradients(factors, dtype)
     for batch in batches(sequences, batch_tokens, device):
         place = torch.full((len(sequences),), -1, device=device)
         place[torch.from_numpy(batch.rows).to(device)] = torch.arange(len(batch.rows), device=device)
-        at = place[rows]
+        at = place[members]
 
         def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, at: torch.Tensor = at) -> None:
-            for part in gradient_chunks(m, len(a)):
-                gradients = formed(a[part].to(dtype), d[part].to(dtype))
+            total = found[m.name].flatten(1, 2)
+            for part, rows, gradients in formed.blocks(m, a, d):
                 used = (at >= part.start) & (at < part.stop)
-                own = gradients[at[used] - part.start] * weights[used, None, None, None].to(dtype)
-                found[m.name].index_add_(0, owners[used], own)
+                own = gradients[at[used] - part.start] * weights[used, None, None].to(dtype)
+                total[:, rows].index_add_(0, owners[used], own)
 
         capture(model, maps, batch, target_loss(task), consume)
     return found
@@ -102,7 +104,7 @@ def score_sequences(
     queries = next(iter(filtered.values())).shape[0]
     flat = {name: v.to(device, dtype).flatten(1) for name, v in filtered.items()}
     scores = np.zeros((queries, len(sequences)), dtype=np.float64)
-    formed = PerSequenceGradients()
+    formed = PerSequenceGradients(dtype, together=True)
     for batch in batches(sequences, batch_tokens, device):
         total = torch.zeros(queries, len(batch.rows), dtype=torch.float64, device=device)
 
@@ -110,9 +112,9 @@ def score_sequences(
             if queries == 1:
                 total[0] += token_products(m, filtered[m.name][0], a.to(dtype), d.to(dtype)).sum(dim=1)
             else:
-                for part in gradient_chunks(m, len(a)):
-                    gradients = formed(a[part].to(dtype), d[part].to(dtype))
-                    total[:, part] += flat[m.name] @ gradients.flatten(1).mT
+                for part, rows, gradients in formed.blocks(m, a, d):
+                    own = flat[m.name][:, rows.start * m.d_in : rows.stop * m.d_in]
+                    total[:, part] += own @ gradients.flatten(1).mT
 
         capture(model, maps, batch, target_loss(task), consume)
         scores[:, batch.rows] = total.cpu().numpy()

@@ -28,7 +28,7 @@ from msif_core.chain import Chain
 from msif_core.curvature.factors import Factors
 from msif_core.curvature.filters import SpectralFilter
 from msif_core.curvature.fit import partitions, sum_dtype
-from msif_core.curvature.gradients import PlainGradients, RotatedGradients
+from msif_core.curvature.gradients import PerSequenceGradients, RotatedGradients
 from msif_core.errors import InputError
 from msif_core.losses import target_loss, uniforms
 from msif_core.models import TrackedMap
@@ -135,34 +135,41 @@ class Sketcher:
 
         Maps whose factors and weights fit the budget together take one pass over the sequences.
         """
-        device = next(model.parameters()).device
+        device, dtype = next(model.parameters()).device, sum_dtype(model)
         folded = torch.zeros(len(sequences), self.fold)
         for maps in partitions(self.maps, budget_gb):
             weights = {m.name: self._signed(m, self.document_weight(m.name)).to(device) for m in maps}
             factors = {m.name: self.factors[m.name] for m in maps}
-            formed = RotatedGradients(factors) if self.rotates else PlainGradients(sum_dtype(model))
+            formed = RotatedGradients(factors, dtype) if self.rotates else PerSequenceGradients(dtype)
             for batch in batches(sequences, batch_tokens, device):
                 found = torch.zeros(len(batch.rows), self.fold, device=device)
                 capture(model, maps, batch, target_loss(self.task), self._folding(found, formed, weights))
                 folded[batch.rows] += found.cpu()
         return self._mix(folded).numpy()
 
-    def _folding(self, folded: torch.Tensor, formed: RotatedGradients | PlainGradients, weights: Gradients) -> Consume:
+    def _folding(
+        self, folded: torch.Tensor, formed: RotatedGradients | PerSequenceGradients, weights: Gradients
+    ) -> Consume:
         """Adds a map's weighted gradients to `folded` [N, fold]."""
 
         def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> None:
-            for part, gradients in formed.chunks(m, a, d):
-                self._add(folded[part], gradients.flatten(1).float().mul_(weights[m.name]), self.offsets[m.name])
+            for part, rows, gradients in formed.blocks(m, a, d):
+                entries = slice(rows.start * m.d_in, rows.stop * m.d_in)
+                weighted = gradients.flatten(1).float().mul_(weights[m.name][entries])
+                self._add(folded[part], weighted, self.offsets[m.name] + entries.start)
 
         return consume
 
-    def queries(self, gradients: dict[str, torch.Tensor], chain: Chain) -> FloatArray:
-        """Psi of queries whose gradients [Q, G, b, d_in] at the last stage are given: float32 [Q, dimensions]."""
+    def queries(self, gradients: dict[str, torch.Tensor], chain: Chain, *, rotated: bool = False) -> FloatArray:
+        """Psi of queries whose gradients [Q, G, b, d_in] at the last stage are given: float32 [Q, dimensions].
+
+        `rotated` as in `Chain`.
+        """
         first = next(iter(gradients.values()))
         folded = torch.zeros(len(first), self.fold, device=first.device)
         for m in self.maps:
-            seen = chain.rotated if self.rotates else chain.filter
-            if m.name not in gradients or (V := seen(m.name, gradients[m.name])) is None:
+            seen = chain.passed if self.rotates else chain.filter
+            if m.name not in gradients or (V := seen(m.name, gradients[m.name], rotated=rotated)) is None:
                 continue
             weight = self.query_weight(m.name) if self.rotates else torch.ones(m.shape)
             self._add(folded, V.float().flatten(1) * self._signed(m, weight).to(first.device), self.offsets[m.name])

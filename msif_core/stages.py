@@ -273,11 +273,12 @@ class Stages:
         generates = answers if last.task == "causal_lm" else None
         return load_queries(source, tokenizer, self.max_length(last.name), last.task, generates)
 
-    def query_gradients(self, queries: Queries) -> Iterator[tuple[slice, Gradients]]:
+    def query_gradients(self, queries: Queries, *, rotated: bool = True) -> Iterator[tuple[slice, Gradients]]:
         """Gradients of the queries' measurements at the last stage: some queries' and some maps' at a time.
 
-        Each item is the queries' slice and map name to [Q, G, b, d_in], within `curvature.memory_budget_gb`
-        together with their filtered copies. One pass of those queries for each item.
+        `rotated` ones are in the last stage's eigenbasis. Each item is the queries' slice and map name to
+        [Q, G, b, d_in], within `curvature.memory_budget_gb` together with their filtered copies. One pass of those
+        queries for each item.
         """
         last = self.config.stages[-1]
         model, maps = self.model(last.name), self.maps(last.name)
@@ -286,7 +287,13 @@ class Stages:
             yield (
                 rows,
                 scoring.query_gradients(
-                    model, group, some.sequences, self.batch_tokens, task=last.task, measurements=some.measurements
+                    model,
+                    group,
+                    some.sequences,
+                    self.batch_tokens,
+                    task=last.task,
+                    measurements=some.measurements,
+                    factors=self.factors(last.name) if rotated else None,
                 ),
             )
 
@@ -299,7 +306,7 @@ class Stages:
         total = np.zeros((len(queries), len(documents)))
         chain, shared = self.chain(), 0
         for rows, gradients in self.query_gradients(queries):
-            filtered = chain.filter_all(gradients)
+            filtered = chain.filter_all(gradients, rotated=True)
             shared += len(filtered)
             total[rows] += self.exact_scores(filtered, documents) if filtered else 0.0
         if not shared:
@@ -309,7 +316,7 @@ class Stages:
     def both_scores(self, queries: Queries, documents: Sequences) -> npt.NDArray[np.float64]:
         """Multi-stage scores and gradient dot products, [2, Q, N]."""
         scores, chain = np.zeros((2, len(queries), len(documents))), self.chain()
-        for rows, raw in self.query_gradients(queries):
+        for rows, raw in self.query_gradients(queries, rotated=False):
             both = {name: torch.cat([v, raw[name].to(v.dtype)]) for name, v in chain.filter_all(raw).items()}
             scores[:, rows] += self.exact_scores(both, documents).reshape(2, -1, len(documents))
         return scores
@@ -321,7 +328,7 @@ class Stages:
         filtered: dict[str, low_rank.LowRank] = {}
         raw: dict[str, low_rank.LowRank] = {}
         chain, target = self.chain(), self.config.stage(self.config.attribute_to)
-        for _, gradients in self.query_gradients(queries):
+        for _, gradients in self.query_gradients(queries, rotated=False):
             for name, v in chain.filter_all(gradients).items():
                 filtered[name] = low_rank.joined(filtered.get(name), low_rank.cut(v, rank))
                 raw[name] = low_rank.joined(raw.get(name), low_rank.cut(gradients[name].to(v.dtype), rank))

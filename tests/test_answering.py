@@ -191,8 +191,8 @@ def test_sql_sees_the_question_and_the_sample(attribution: Attribution, pipeline
 def test_a_query_without_a_finite_gradient_is_refused(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     gradients = Pipeline.query_gradients
 
-    def broken(self: Pipeline, queries: Any) -> Any:
-        for rows, found in gradients(self, queries):
+    def broken(self: Pipeline, queries: Any, **options: Any) -> Any:
+        for rows, found in gradients(self, queries, **options):
             next(iter(found.values()))[1] = float("nan")
             yield rows, found
 

@@ -17,7 +17,7 @@ from msif_core.config import CurvatureSettings
 from msif_core.curvature import fit
 from msif_core.curvature.factors import Factors, MapFactors
 from msif_core.curvature.filters import Damped
-from msif_core.curvature.gradients import RotatedGradients, gradient_chunks
+from msif_core.curvature.gradients import PerSequenceGradients, RotatedGradients
 from msif_core.curvature.steps import Fit
 from msif_core.errors import InputError
 from msif_core.losses import Loss, uniforms
@@ -157,8 +157,10 @@ def test_tokens_or_gradients_rotated_are_the_same(monkeypatch: pytest.MonkeyPatc
     for tokens in (2, 50):  # both sides of the switch
         a, d = torch.randn(3, tokens, 6, dtype=torch.float64), torch.randn(3, tokens, 2, 4, dtype=torch.float64)
         expected = f.rotate(torch.einsum("ntgb,nti->ngbi", d, a))
-        ((_, found),) = RotatedGradients({"m": f}).chunks(m, a, d)
-        torch.testing.assert_close(found, expected)
+        found = torch.zeros(3, 8, 6, dtype=torch.float64)
+        for part, rows, gradients in RotatedGradients({"m": f}, torch.float64).blocks(m, a, d):
+            found[part, rows] = gradients
+        torch.testing.assert_close(found.unflatten(1, (2, 4)), expected)
 
 
 def test_symmetric_updates_by_blocks_are_the_whole_product(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,17 +169,34 @@ def test_symmetric_updates_by_blocks_are_the_whole_product(monkeypatch: pytest.M
         monkeypatch.setattr(fit, "SYMMETRIC_BLOCK", width)
         total = torch.ones(2, 7, 7, dtype=torch.float64)
         fit.add_products(total, rows)
-        torch.testing.assert_close(total.triu(), (1 + rows.mT @ rows).triu())
+        fit.mirror(total)
+        torch.testing.assert_close(total, 1 + rows.mT @ rows)
 
 
-def test_gradients_are_taken_in_chunks(
+@pytest.mark.parametrize(("together", "counts"), [(False, (3, 3)), (True, (1, 3))])
+def test_blocks_cover_every_gradient_once(
+    monkeypatch: pytest.MonkeyPatch, together: bool, counts: tuple[int, int]
+) -> None:
+    monkeypatch.setattr("msif_core.curvature.gradients.CACHED_ENTRIES", 2 * 3 * 6)
+    monkeypatch.setattr("msif_core.curvature.gradients.CPU_ROWS", 3)
+    m = TrackedMap("m", 6, 8, False, 2, None, "m")
+    a, d = torch.randn(5, 7, 6, dtype=torch.float64), torch.randn(5, 7, 2, 4, dtype=torch.float64)
+    found, parts = torch.zeros(5, 8, 6, dtype=torch.float64), []
+    for part, rows, gradients in PerSequenceGradients(torch.float64, together=together).blocks(m, a, d):
+        found[part, rows] += gradients
+        parts.append((part.start, rows.start))
+    assert (len({p for p, _ in parts}), len({r for _, r in parts})) == counts
+    torch.testing.assert_close(found, torch.einsum("ntgb,nti->ngbi", d, a).flatten(1, 2))
+
+
+def test_gradients_are_taken_in_blocks(
     model: Any, maps: list[TrackedMap], whole: Factors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bases = {m.name: whole[m.name] for m in maps}
     options: dict[str, Any] = {"task": "causal_lm", "seed": 1, "batch_tokens": 1000}
     one = fit.eigenvalue_sums(model, maps, bases, PARTS[0], **options)
-    monkeypatch.setattr("msif_core.curvature.gradients.CHUNK_ENTRIES", 200)
-    assert len(list(gradient_chunks(maps[0], 6))) > 1
+    monkeypatch.setattr("msif_core.curvature.gradients.CACHED_ENTRIES", 200)
+    monkeypatch.setattr("msif_core.curvature.gradients.CPU_ROWS", 5)
     many = fit.eigenvalue_sums(model, maps, bases, PARTS[0], **options)
     for name, value in one.items():
         torch.testing.assert_close(many[name], value)

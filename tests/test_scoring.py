@@ -37,6 +37,7 @@ def test_one_query_and_several_give_the_same_scores(
         one = scoring.score_sequences(model, maps, {n: v[q : q + 1] for n, v in V.items()}, sequences, 20, task=task)
         np.testing.assert_allclose(one[0], several[q], rtol=1e-5, atol=1e-5)
     monkeypatch.setattr("msif_core.curvature.gradients.CHUNK_ENTRIES", 1)
+    monkeypatch.setattr("msif_core.curvature.gradients.CPU_ROWS", 5)
     np.testing.assert_allclose(
         scoring.score_sequences(model, maps, V, sequences, 1000, task=task), several, rtol=1e-5, atol=1e-5
     )

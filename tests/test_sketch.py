@@ -249,7 +249,8 @@ def test_batches_order_and_company_do_not_matter(model: Any, sketcher: Sketcher)
 def test_chunks_of_gradients_do_not_matter(model: Any, sketcher: Sketcher, monkeypatch: pytest.MonkeyPatch):
     sequences = make_sequences(9, 3)
     phi = sketcher.documents(model, sequences, 1000, 8.0)
-    monkeypatch.setattr("msif_core.curvature.gradients.CHUNK_ENTRIES", 1)
+    monkeypatch.setattr("msif_core.curvature.gradients.CACHED_ENTRIES", 1)
+    monkeypatch.setattr("msif_core.curvature.gradients.CPU_ROWS", 5)
     np.testing.assert_allclose(sketcher.documents(model, sequences, 1000, 8.0), phi, rtol=1e-4, atol=1e-4)
 
 

@@ -46,7 +46,7 @@ def test_queries_stream_through_a_small_budget(config: Config) -> None:
 
 def test_stages_without_a_shared_map_are_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = Pipeline(config)
-    monkeypatch.setattr(Pipeline, "chain", lambda _: SimpleNamespace(filter_all=lambda _: {}))
+    monkeypatch.setattr(Pipeline, "chain", lambda _: SimpleNamespace(filter_all=lambda _, **__: {}))
     with pytest.raises(InputError, match="nothing to score with"):
         pipeline.score([{"id": "q", "text": "a kite"}], [{"id": "d", "text": "an oak"}])
 

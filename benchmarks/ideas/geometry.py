@@ -12,7 +12,7 @@ from benchmarks.ideas.training import Trace
 from msif_core.batching import Sequences
 from msif_core.curvature.factors import MapFactors
 from msif_core.curvature.fit import EIGENVALUE_SEED, capture_all, covariance_sums
-from msif_core.curvature.gradients import PerSequenceGradients, RotatedGradients
+from msif_core.curvature.gradients import RotatedGradients
 from msif_core.evaluation.methods import Gradients
 from msif_core.losses import Loss, sampled_loss, target_loss
 from msif_core.models import TrackedMap
@@ -83,11 +83,11 @@ def corrected(
     """EK-FAC's eigenvalues: mean squares of rotated gradients, over sequences and (model, seed)."""
     sums = {m.name: torch.zeros(m.shape) for m in maps}
     for model, seed in models:
-        rotated = RotatedGradients(curvature)
+        rotated = RotatedGradients(curvature, torch.float32)
 
         def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, rotated: RotatedGradients = rotated) -> None:
-            for _, gradients in rotated.chunks(m, a, d):
-                sums[m.name].add_(gradients.square().sum(0))
+            for _, rows, gradients in rotated.blocks(m, a, d):
+                sums[m.name].flatten(0, 1)[rows].add_(gradients.square().sum(0))
 
         capture_all(model, maps, sequences, BATCH_TOKENS, sampled_loss("causal_lm", seed + EIGENVALUE_SEED), consume)
     count = len(models) * len(sequences)
@@ -101,7 +101,7 @@ def by_token(model: torch.nn.Module, maps: list[TrackedMap], curvature: Curvatur
     def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> None:
         factors = curvature[m.name]
         a, d = (a @ factors.Q_A).square(), torch.einsum("ntgb,gbc->ntgc", d, factors.Q_S).square()
-        sums[m.name].add_(PerSequenceGradients()(a, d).sum(0))
+        sums[m.name].add_(torch.einsum("ntgb,nti->gbi", d, a))
 
     capture_all(model, maps, sequences, BATCH_TOKENS, sampled_loss("causal_lm", EIGENVALUE_SEED), consume)
     return {m: MapFactors(f.Q_A, f.Q_S, sums[m] / len(sequences)) for m, f in curvature.items()}
@@ -112,7 +112,7 @@ def held_gradients(model: torch.nn.Module, maps: list[TrackedMap], sequences: Se
     found: dict[str, list[torch.Tensor]] = {m.name: [] for m in maps}
 
     def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> None:
-        found[m.name].append(PerSequenceGradients()(a, d))
+        found[m.name].append(torch.einsum("ntgb,nti->ngbi", d, a))
 
     capture_all(model, maps, sequences, BATCH_TOKENS, loss, consume)
     return {name: torch.cat(parts) for name, parts in found.items()}

@@ -47,9 +47,11 @@ def prepare(case: Case) -> Mapping[str, Step]:
             steps.finish(1)
 
     def scores() -> np.ndarray:
-        chain = Chain((FilteredStage(Factors.open(folder), Damped(settings["damping"])),))
-        gradients = scoring.query_gradients(model, maps, query, batch_tokens, task="causal_lm")
-        return scoring.score_sequences(model, maps, chain.filter_all(gradients), train, batch_tokens, task="causal_lm")
+        factors = Factors.open(folder)
+        chain = Chain((FilteredStage(factors, Damped(settings["damping"])),))
+        gradients = scoring.query_gradients(model, maps, query, batch_tokens, task="causal_lm", factors=factors)
+        filtered = chain.filter_all(gradients, rotated=True)
+        return scoring.score_sequences(model, maps, filtered, train, batch_tokens, task="causal_lm")
 
     def build(whitening: Any) -> None:
         sketcher = Sketcher(

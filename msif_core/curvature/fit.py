@@ -83,16 +83,15 @@ def covariance_sums(
 
     owners = {m.name for m in {m.input_group: m for m in maps}.values()}  # one map of each group adds its inputs
     capture_all(model, maps, sequences, batch_tokens, sampled_loss(task, seed), consume)
-    for name in sums:
-        sums[name] = sums[name].triu() + sums[name].triu(1).mT
-        sums[name] = sums[name][0] if name.startswith("A/") else sums[name]
-    return sums
+    for total in sums.values():
+        mirror(total)
+    return {name: total[0] if name.startswith("A/") else total for name, total in sums.items()}
 
 
 def add_products(total: torch.Tensor, rows: torch.Tensor) -> None:
-    """Add rows^T rows to the upper triangle of `total` [G, b, b], for `rows` [G, n, b]; what is below is undefined.
+    """Add rows^T rows to `total` [G, b, b], for `rows` [G, n, b], but for the blocks that `mirror` fills in.
 
-    Block rows of the triangle: for many of them, half of the operations of the whole product.
+    Block rows of the upper triangle: for many of them, half of the operations of the whole product.
     """
     if total.shape[-1] <= SYMMETRIC_BLOCK:
         total.baddbmm_(rows.mT, rows)
@@ -101,6 +100,13 @@ def add_products(total: torch.Tensor, rows: torch.Tensor) -> None:
         for start in range(0, total.shape[-1], SYMMETRIC_BLOCK):
             stop = start + SYMMETRIC_BLOCK
             of_group[start:stop, start:].addmm_(own[:, start:stop].mT, own[:, start:])
+
+
+def mirror(total: torch.Tensor) -> None:
+    """Copy the blocks above the diagonal of symmetric sums [G, b, b] to below it."""
+    for start in range(0, total.shape[-1], SYMMETRIC_BLOCK):
+        stop = start + SYMMETRIC_BLOCK
+        total[:, stop:, start:stop] = total[:, start:stop, stop:].mT
 
 
 def capture_all(
@@ -160,11 +166,12 @@ def eigenvalue_sums(
     dtype = sum_dtype(model)
     sums = {m.name: torch.zeros(m.shape, dtype=dtype, device=next(model.parameters()).device) for m in maps}
 
-    rotated = RotatedGradients(factors)
+    rotated = RotatedGradients(factors, dtype)
 
     def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> None:
-        for _, gradients in rotated.chunks(m, a, d):
-            sums[m.name].add_(gradients.square_().sum(dim=0))
+        total = sums[m.name].flatten(0, 1)
+        for _, rows, gradients in rotated.blocks(m, a, d):
+            total[rows].add_(gradients.square_().sum(dim=0))
 
     capture_all(model, maps, sequences, batch_tokens, sampled_loss(task, seed + EIGENVALUE_SEED), consume)
     return sums

@@ -1,4 +1,4 @@
-"""Per-sequence gradients of one map, and their rotation into an eigenbasis."""
+"""Per-sequence gradients of one map, as they are or in an eigenbasis, in blocks that are soon used up."""
 
 from __future__ import annotations
 
@@ -7,82 +7,90 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from msif_core.curvature.factors import MapFactors
+from msif_core.curvature.factors import Factors, MapFactors, rotate_gradient
 from msif_core.models import TrackedMap
 
 CHUNK_ENTRIES = 1 << 26
 """Entries of per-sequence gradients held at one time (256 MB in float32)."""
 
+CACHED_ENTRIES = 1 << 20
+"""The same on a CPU (4 MB): a block that is read again while it is in the cache costs a third less."""
 
-def gradient_chunks(tracked: TrackedMap, count: int) -> Iterator[slice]:
-    """Slices of `count` sequences whose gradients of one map fit into `CHUNK_ENTRIES` together."""
-    step = max(1, CHUNK_ENTRIES // tracked.size)
-    return (slice(start, start + step) for start in range(0, count, step))
+CPU_ROWS = 192
+"""Rows of a map in a CPU's block; fewer would cost the matrix product its speed."""
+
+Block = tuple[slice, slice, torch.Tensor]
+"""Sequences of a batch, rows of the map's G b, and those sequences' gradients in those rows [n, r, d_in]."""
 
 
 class PerSequenceGradients:
-    """sum_t d_t a_t^T of each sequence, [N, G, b, d_in], from a [N, T, d_in] and d [N, T, G, b]; the next call's too.
+    """sum_t d_t a_t^T of each sequence, formed in one memory block by block.
 
-    One memory for all calls: on a CPU, the pages that the system hands out anew for each result cost as much time as
-    the product.
+    A CPU takes blocks that stay in its cache, an accelerator large ones. With `together` a block has all sequences
+    of the batch (up to `CHUNK_ENTRIES`): for those who read something else of a map's size for every block.
     """
 
-    def __init__(self) -> None:
-        self._memory = torch.empty(0)
+    def __init__(self, dtype: torch.dtype, *, together: bool = False) -> None:
+        self._together = together
+        self._memory = torch.empty(0, dtype=dtype)
 
-    def __call__(self, a: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-        """The gradients; they stand until the next call."""
-        rows = d.flatten(2).mT
-        shape = (len(a), rows.shape[1], a.shape[2])
-        if self._memory.numel() < math.prod(shape) or (self._memory.device, self._memory.dtype) != (a.device, a.dtype):
-            self._memory = a.new_empty(math.prod(shape))
-        out = self._memory[: math.prod(shape)].view(shape)
-        return torch.bmm(rows, a, out=out).unflatten(1, d.shape[2:])
+    def blocks(self, m: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> Iterator[Block]:
+        """The gradients' blocks, from a [N, T, d_in] and d [N, T, G, b]; each stands until the next is asked for."""
+        a, d = a.to(self._memory.dtype), d.to(self._memory.dtype).flatten(2)
+        r = even_step(d.shape[2], CPU_ROWS) if a.device.type == "cpu" else d.shape[2]
+        n = self.sequences(len(a), r * m.d_in, a.device)
+        if self._memory.numel() < n * r * m.d_in or self._memory.device != a.device:
+            self._memory = a.new_empty(n * r * m.d_in)
+        for rows in slices(d.shape[2], r):
+            for part in slices(len(a), n):
+                left, right = d[part, :, rows].mT, a[part]
+                shape = (len(right), left.shape[1], m.d_in)
+                yield part, rows, torch.bmm(left, right, out=self._memory[: math.prod(shape)].view(shape))
 
-
-class PlainGradients:
-    """Per-sequence gradients as they are, in the dtype of the sums."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self._gradients = PerSequenceGradients()
-
-    def chunks(self, m: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """As those of `RotatedGradients`."""
-        for part in gradient_chunks(m, len(a)):
-            yield part, self._gradients(a[part].to(self._dtype), d[part].to(self._dtype))
+    def sequences(self, count: int, entries: int, device: torch.device) -> int:
+        """How many of `count` sequences, with that many entries each, a block takes."""
+        most = CACHED_ENTRIES if device.type == "cpu" and not self._together else CHUNK_ENTRIES
+        return even_step(count, max(1, most // entries))
 
 
 class RotatedGradients:
-    """Per-sequence gradients in the eigenbases of `factors`, in the factors' dtype.
+    """Per-sequence gradients in the eigenbases of `factors`.
 
     Rotates the tokens or the gradients, whichever takes fewer operations; inputs that several maps share are
     rotated once: `capture` hands all of them the same tensor, and they have one Q_A.
     """
 
-    def __init__(self, factors: Mapping[str, MapFactors]) -> None:
+    def __init__(self, factors: Mapping[str, MapFactors] | Factors, dtype: torch.dtype) -> None:
         self.factors = factors
+        self._dtype = dtype
         self._inputs: torch.Tensor | None = None
         self._rotated: torch.Tensor | None = None
-        self._gradients = PerSequenceGradients()
+        self._gradients = PerSequenceGradients(dtype)
 
-    def chunks(self, m: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Rows of the batch and their rotated gradients [n, G, b, d_in], from a [N, T, d_in] and d [N, T, G, b].
-
-        A chunk's gradients stand until the next one is asked for.
-        """
+    def blocks(self, m: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> Iterator[Block]:
+        """As `PerSequenceGradients.blocks`, rotated; where gradients are rotated, a block has all rows."""
         factors = self.factors[m.name]
-        Q_A, Q_S = factors.Q_A, factors.Q_S
+        Q_A, Q_S = (Q.to(a.device, self._dtype) for Q in (factors.Q_A, factors.Q_S))
         tokens = a.shape[1] * (m.d_in**2 + m.groups * m.shape[1] ** 2)
         if tokens <= m.size * (m.shape[1] + m.d_in):
             if self._rotated is None or a is not self._inputs:
-                self._inputs, self._rotated = a, a.to(Q_A.dtype) @ Q_A
-            outputs = rotate_outputs(d.to(Q_A.dtype), Q_S)
-            for part in gradient_chunks(m, len(a)):
-                yield part, self._gradients(self._rotated[part], outputs[part])
+                self._inputs, self._rotated = a, a.to(self._dtype) @ Q_A
+            yield from self._gradients.blocks(m, self._rotated, rotate_outputs(d.to(self._dtype), Q_S))
         else:
-            for part in gradient_chunks(m, len(a)):
-                yield part, factors.rotate(self._gradients(a[part].to(Q_A.dtype), d[part].to(Q_A.dtype)))
+            a, d = a.to(self._dtype), d.to(self._dtype).flatten(2)
+            for part in slices(len(a), self._gradients.sequences(len(a), m.size, a.device)):
+                gradients = torch.bmm(d[part].mT, a[part]).unflatten(1, m.shape[:2])
+                yield part, slice(0, d.shape[2]), rotate_gradient(gradients, Q_S, Q_A).flatten(1, 2)
+
+
+def even_step(count: int, most: int) -> int:
+    """The step that cuts `count` into the fewest parts of at most `most`, nearly equal ones."""
+    return -(-count // -(-count // most))
+
+
+def slices(count: int, step: int) -> Iterator[slice]:
+    """0 .. `count` in slices of `step`."""
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
 def rotate_outputs(d: torch.Tensor, Q_S: torch.Tensor) -> torch.Tensor:

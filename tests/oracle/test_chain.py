@@ -61,6 +61,9 @@ def test_score_equals_dense_solves_and_needs_every_stage(architecture, split, de
     queries, documents = make_sequences(3, 100, task), make_sequences(4, 200, task)
     raw = scoring.query_gradients(built[-1], maps, queries, 64, task=task)
     filtered = {name: chain.filter(name, v) for name, v in raw.items()}
+    rotated = scoring.query_gradients(built[-1], maps, queries, 64, task=task, factors=stages[-1][1])
+    for name, v in chain.filter_all(rotated, rotated=True).items():
+        torch.testing.assert_close(v, filtered[name], rtol=1e-4, atol=1e-5 * float(filtered[name].abs().max()))
     scores = scoring.score_sequences(built[attributed], maps, filtered, documents, 16, task=task)
 
     G = autograd(built[-1], maps, queries, task), autograd(built[attributed], maps, documents, task)

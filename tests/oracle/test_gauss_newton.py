@@ -75,8 +75,9 @@ def enumerated_eigenvalues(
         (batch,) = batches(many, 10_000)
 
         def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, p: torch.Tensor = p) -> None:
-            for part, rotated in RotatedGradients(factors).chunks(m, a, d):
-                found[m.name] += (p[part, None, None, None] * rotated.square()).sum(0)
+            total = found[m.name].flatten(0, 1)
+            for part, rows, rotated in RotatedGradients(factors, torch.float64).blocks(m, a, d):
+                total[rows] += (p[part, None, None] * rotated.square()).sum(0)
 
         capture(model, maps, batch, target_loss(task), consume)
     return found

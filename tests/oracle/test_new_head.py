@@ -85,9 +85,12 @@ def test_three_stages_of_any_filters_equal_matrix_functions(top: SpectralFilter,
     chain = Chain(tuple(FilteredStage({"w": f}, s) for f, s in zip(factors, filters, strict=True)))
     V = torch.randn(5, 2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     found = chain.filter("w", V)
-    rotated = chain.rotated("w", V)
+    rotated = chain.passed("w", V)
     assert found is not None
     assert rotated is not None
+    for method in (chain.filter, chain.passed):
+        own = method("w", factors[2].rotate(V), rotated=True)
+        torch.testing.assert_close(own, method("w", V))
     root = bottom.attributed(factors[0].eigenvalues).sqrt()
     torch.testing.assert_close(factors[0].unrotate(root * (root * rotated)), found)
     W = torch.randn(4, 2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(10))
@@ -114,4 +117,4 @@ def test_a_map_missing_in_any_lower_stage_drops_out() -> None:
     assert chain.filter("w", V) is not None
     assert chain.filter("v", V) is None
     assert chain.filter("head", V) is None
-    assert chain.rotated("head", V) is None
+    assert chain.passed("head", V) is None

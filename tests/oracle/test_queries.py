@@ -32,8 +32,10 @@ def test_scores_of_measurements_are_those_of_the_differences(architecture: str, 
         stages.append((model, fit_factors(model, maps, tmp_path / str(k), task, k), 0.1 * (k + 1)))
     chain = Chain(tuple(FilteredStage(f, Damped(c)) for _, f, c in stages))
     asked, documents = make_sequences(3, 100, task), make_sequences(4, 200, task)
-    raw = scoring.query_gradients(built[1], maps, asked, 20, task=task, measurements=MEASUREMENTS)
-    scores = scoring.score_sequences(built[0], maps, chain.filter_all(raw), documents, 16, task=task)
+    factors = stages[1][1]
+    rotated = scoring.query_gradients(built[1], maps, asked, 20, task=task, measurements=MEASUREMENTS, factors=factors)
+    filtered = chain.filter_all(rotated, rotated=True)
+    scores = scoring.score_sequences(built[0], maps, filtered, documents, 16, task=task)
 
     pairs = [zip(s.input_ids, s.labels, strict=True) for s in (asked, documents)]
     own = [dense.gradients(built[1], maps, *pair, task) for pair in pairs[0]]

@@ -20,6 +20,9 @@ class DenseMap:
     def rotate(self, V):
         return V @ self.Q
 
+    def unrotate(self, V):
+        return V @ self.Q.T
+
     def apply(self, V, function):
         return (V @ self.Q * function(self.eigenvalues)) @ self.Q.T
 
