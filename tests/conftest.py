@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch import nn
 
 from msif_core.batching import IGNORED, Sequences, sequence_fingerprint
 from msif_core.models import freeze
+from tests.tiny_project import documents, write_project, write_records
 
 VOCAB = 13
 SMALL = {"vocab_size": VOCAB, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -97,3 +100,18 @@ def decoder(request: pytest.FixtureRequest) -> str:
 def small_models() -> dict[str, Any]:
     """One float64 model of each architecture."""
     return {name: make_model(name) for name in ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def trained_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture
+def project(trained_project: Path, tmp_path: Path) -> Path:
+    """The tiny project with documents and a workspace of its own."""
+    settings = json.loads(trained_project.read_text()) | {"workspace": str(tmp_path / "workspace")}
+    settings["stages"][0]["documents"] = write_records(tmp_path / "documents.jsonl", documents())
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(settings))
+    return path

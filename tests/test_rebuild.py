@@ -1,10 +1,7 @@
-"""Incremental rebuilds: what is copied, what is computed, what is published, what queries see meanwhile."""
+"""Incremental rebuilds: what is copied, what is computed, how far the factors have drifted."""
 
 from __future__ import annotations
 
-import json
-import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,47 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from msif_core import corpus, generations, index, storage
+from msif_core import corpus, index
 from msif_core.batching import Sequences
-from msif_core.errors import InputError
 from msif_core.pipeline import Pipeline
-from msif_core.pruning import prune
 from msif_core.sketch import Sketcher
-from tests.tiny_project import documents, write_project, write_records
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_project(tmp_path_factory.mktemp("project"))
-
-
-@pytest.fixture
-def project(trained: Path, tmp_path: Path) -> Path:
-    """The tiny project with documents and a workspace of its own."""
-    settings = json.loads(trained.read_text()) | {"workspace": str(tmp_path / "workspace")}
-    settings["stages"][0]["documents"] = write_records(tmp_path / "documents.jsonl", documents())
-    path = tmp_path / "config.yaml"
-    path.write_text(json.dumps(settings))
-    return path
-
-
-def change(config: Path, **sections: dict[str, Any]) -> Pipeline:
-    """The configuration with some settings changed."""
-    settings = json.loads(config.read_text())
-    for name, values in sections.items():
-        settings[name] = settings.get(name, {}) | values
-    config.write_text(json.dumps(settings))
-    return Pipeline.from_config(config)
-
-
-def rewrite(config: Path, count: int = 48, **texts: str) -> None:
-    """The first `count` documents, with other texts for those named."""
-    rows = [{**row, "text": texts.pop(str(row["id"]), row["text"])} for row in documents()[:count]]
-    write_records(config.parent / "documents.jsonl", rows + [{"id": k, "text": v} for k, v in texts.items()])
-
-
-def manifest(folder: Path) -> dict[str, Any]:
-    return dict(storage.read_json(folder / "manifest.json"))
+from tests.tiny_project import change, column, documents, manifest, rewrite
 
 
 @pytest.fixture
@@ -166,125 +127,12 @@ def test_a_broken_gradient_stays_quarantined(project: Path, monkeypatch: pytest.
     for step in range(2):
         built = manifest(pipeline.run())
         assert index.Index([pipeline.workspace.root / p for p in built["codes"]], pipeline.config.index).count == 47
-        rows = Sql(pipeline).column("select document_id from quarantine", "document_id")
+        rows = column(pipeline, "select document_id from quarantine", "document_id")
         assert rows == ["d10"], f"build {step}: once, whatever lies about from builds before"
         same = next(
             f"d{i:02d}" for i in range(48) if i != 10 and corpus.shard_of(f"d{i:02d}", 2) == corpus.shard_of("d10", 2)
         )
         rewrite(project, **{same: "sage: something else."})
-
-
-class Sql:
-    def __init__(self, pipeline: Pipeline) -> None:
-        self.root = pipeline.workspace.root
-
-    def column(self, statement: str, name: str) -> list[Any]:
-        from msif_core import catalog
-
-        return list(catalog.query(self.root, statement)[name].to_pylist())
-
-
-# -- publishing ---------------------------------------------------------------------------------------
-
-
-def test_a_build_of_low_recall_is_kept_and_not_published(project: Path) -> None:
-    pipeline = Pipeline.from_config(project)
-    first = pipeline.run()
-    rewrite(project, 40)
-    recall = manifest(first)["recall"]["recall_at_10"][generations.RECALL_AT]
-    assert recall < 1
-    strict = change(project, index={"min_recall": 1.0})
-    second = strict.run()
-    assert second != first
-    assert strict.workspace.published() == first.name
-    assert "below index.min_recall = 1: " in str(generations.withheld(second, strict.config.index))
-    assert Sql(strict).column("select generation from generations where published", "generation") == [first.name]
-    assert strict.run() == second, "nor is it built again"
-    assert strict.attribute(asked(project)).table.num_rows
-    prune(strict.workspace, keep=1, grace_seconds=0)
-    assert (second / "manifest.json").exists(), "pruning keeps what waits for a decision"
-    lenient = change(project, index={"min_recall": 0.0})
-    assert lenient.run() == second, "a lower threshold publishes it as it is"
-    assert lenient.workspace.published() == second.name
-
-
-def asked(config: Path) -> list[dict[str, Any]]:
-    path = Path(json.loads(config.read_text())["queries"])
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_the_same_documents_again_are_another_generation(project: Path) -> None:
-    """So that the generation before is always the one that was published before."""
-    pipeline = Pipeline.from_config(project)
-    one = pipeline.run()
-    rewrite(project, 40)
-    two = pipeline.run()
-    rewrite(project)
-    three = pipeline.run()
-    assert len({one, two, three}) == 3
-    assert manifest(three)["codes"] == manifest(one)["codes"]
-    assert manifest(three)["changes"]["sequences"]["sketched"] == 0
-    assert pipeline.run() == three
-    assert generations.rollback(pipeline.workspace) == two.name
-    assert generations.rollback(pipeline.workspace) == one.name
-
-
-def test_a_rebuild_does_not_undo_a_rollback(project: Path) -> None:
-    """A nightly rebuild of the same documents leaves the generation that was rolled back alone; others go on."""
-    pipeline = Pipeline.from_config(project)
-    one = pipeline.run()
-    rewrite(project, 40)
-    two = pipeline.run()
-    generations.rollback(pipeline.workspace)
-    assert pipeline.run() == two
-    assert pipeline.workspace.published() == one.name
-    reason = str(generations.withheld(two, pipeline.config.index))
-    assert reason.endswith(f"`msif rollback CONFIG --to {two.name}` publishes it")
-    generations.rollback(pipeline.workspace, to=two.name)
-    assert pipeline.workspace.published() == two.name
-    generations.rollback(pipeline.workspace)
-    rewrite(project, 39)
-    three = pipeline.run()
-    assert pipeline.workspace.published() == three.name not in (one.name, two.name)
-
-
-def test_another_later_stage_is_another_generation(project: Path) -> None:
-    pipeline = Pipeline.from_config(project)
-    first = pipeline.run()
-    settings = json.loads(project.read_text())
-    settings["stages"][1]["filter"] = {"kind": "identity"}
-    project.write_text(json.dumps(settings))
-    other = Pipeline.from_config(project)
-    second = other.run()
-    assert second != first
-    assert manifest(second)["codes"] == manifest(first)["codes"]
-
-
-def test_queries_see_the_published_generation_while_documents_and_factors_change(project: Path) -> None:
-    pipeline = Pipeline.from_config(project)
-    pipeline.run()
-    kept = ["query_id", "document_id", "sequence_id", "score"]
-    before = pipeline.attribute(asked(project)).table.select(kept)
-    rewrite(project, 40, d00="oak: another.", d01="plum: another.")
-    pipeline.tokenize("pretrain")
-    pipeline.unpin()
-    pipeline.covariance_part("pretrain", 0)  # a full build under way
-    assert not pipeline.fitted("pretrain")
-    answer = pipeline.attribute(asked(project))
-    assert answer.table.select(kept).equals(before)
-    assert all(answer.documents[name].text == document_text(name) for name in answer.document_ids)
-    assert not pipeline.fitted("pretrain"), "nor did the query pin anything"
-
-
-def document_text(name: str) -> str:
-    return next(str(row["text"]) for row in documents() if row["id"] == name)
-
-
-def test_another_model_is_refused(project: Path) -> None:
-    Pipeline.from_config(project).run()
-    pipeline = change(project, curvature={"max_sequences": 10})
-    with pytest.raises(InputError, match="was built with other factors of stage 'pretrain'"):
-        pipeline.attribute(asked(project))
 
 
 def test_an_unfinished_fit_does_not_mix_documents(project: Path) -> None:
@@ -301,70 +149,6 @@ def test_an_unfinished_fit_does_not_mix_documents(project: Path) -> None:
     rewrite(project)
     pipeline.run()
     assert pipeline.factors_fingerprint("pretrain") == finished, "finished factors stay pinned"
-
-
-# -- pruning ------------------------------------------------------------------------------------------
-
-
-def build_three(project: Path) -> tuple[Pipeline, list[Path]]:
-    pipeline = Pipeline.from_config(project)
-    folders = [pipeline.run()]
-    for count in (47, 46):
-        rewrite(project, count)
-        folders.append(pipeline.run())
-    return pipeline, folders
-
-
-def test_prune_leaves_one_generation_s_files_and_no_others(project: Path) -> None:
-    pipeline, folders = build_three(project)
-    root = pipeline.workspace.root
-    for left in (root / "codes" / ".tmp-1-x", root / "corpus" / "pretrain" / ".tmp-raw-x" / "raw"):
-        left.parent.mkdir(exist_ok=True)
-        left.write_text("left by a kill")
-    before = pipeline.attribute(asked(project)).table
-    found = prune(pipeline.workspace, keep=1, grace_seconds=0, dry_run=True)
-    assert all(path.exists() for path in found.paths)
-    assert prune(pipeline.workspace, keep=1, grace_seconds=0) == found
-    assert [p.parent for p in pipeline.workspace.generations.glob("*/manifest.json")] == [folders[2]]
-    for kind, pattern, count in (
-        ("codes", "shard-*.faiss", 2), ("exact", "*.npy", 2), ("corpus/pretrain", "*.parquet", 6),
-        ("corpus/pretrain", "manifest-*.json", 1), ("lexical", "*/documents.json", 1), ("", ".tmp-*", 0),
-    ):  # fmt: skip
-        assert len(list((root / kind).rglob(pattern))) == count, kind
-    names = ["query_id", "document_id", "score"]
-    assert pipeline.attribute(asked(project)).table.select(names).equals(before.select(names))
-    assert prune(pipeline.workspace, keep=1, grace_seconds=0).paths == ()
-    modified = {p: p.stat().st_mtime_ns for kind in ("codes", "exact", "corpus") for p in (root / kind).rglob("*")}
-    assert pipeline.run() == folders[2]
-    assert modified == {p: p.stat().st_mtime_ns for p in modified}, "nothing was missed"
-    with pytest.raises(InputError, match=r"is not here or pruned .its manifest is gone.; run `msif rebuild CONFIG`"):
-        generations.rollback(pipeline.workspace)
-
-
-def test_prune_spares_what_a_query_may_still_read(project: Path) -> None:
-    pipeline, folders = build_three(project)
-    root = pipeline.workspace.root
-    old = time.time() - 7200
-    for path in root.rglob("*"):
-        os.utime(path, (old, old))
-    pipeline.workspace.publish(folders[1].name)  # just now, folders[2] was replaced
-    pipeline.workspace.publish(folders[0].name)  # and folders[1]
-    prune(pipeline.workspace, keep=1, grace_seconds=3600)
-    kept = {path.parent.name for path in pipeline.workspace.generations.glob("*/manifest.json")}
-    assert kept == {folder.name for folder in folders}
-    for part in (part for folder in folders for part in generations.parts(manifest(folder))):
-        assert (root / part).exists(), part
-
-
-def test_a_half_pruned_generation_is_not_rolled_back_to(project: Path) -> None:
-    pipeline, folders = build_three(project)
-    (pipeline.workspace.root / manifest(folders[1])["codes"][0]).unlink()
-    with pytest.raises(InputError, match=r"is not here or pruned .codes/.*faiss is gone.; run `msif rebuild CONFIG`"):
-        generations.rollback(pipeline.workspace)
-    assert pipeline.workspace.published() == folders[2].name
-
-
-# -- drift --------------------------------------------------------------------------------------------
 
 
 def test_drift_is_noise_at_first_and_grows_with_the_corpus(project: Path) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+from msif_core import catalog, storage
 from msif_core.config import Config
 from msif_core.demo import train_stages
+from msif_core.pipeline import Pipeline
 from msif_core.training import Architecture
 
 WORDS = ["kite", "oak", "loom", "brook", "anvil", "heron", "fern", "gull", "plum", "reed", "sage", "thorn"]
@@ -44,3 +47,32 @@ def write_project(folder: Path) -> Path:
     path.write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
     train_stages(Config.load(path), architecture=ARCHITECTURE, vocabulary=300)
     return path
+
+
+def change(config: Path, **sections: dict[str, Any]) -> Pipeline:
+    """The configuration with some settings changed."""
+    settings = json.loads(config.read_text())
+    for name, values in sections.items():
+        settings[name] = settings.get(name, {}) | values
+    config.write_text(json.dumps(settings))
+    return Pipeline.from_config(config)
+
+
+def rewrite(config: Path, count: int = 48, **texts: str) -> None:
+    """The first `count` documents, with other texts for those named."""
+    rows = [{**row, "text": texts.pop(str(row["id"]), row["text"])} for row in documents()[:count]]
+    write_records(config.parent / "documents.jsonl", rows + [{"id": k, "text": v} for k, v in texts.items()])
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    return dict(storage.read_json(folder / "manifest.json"))
+
+
+def asked(config: Path) -> list[dict[str, Any]]:
+    path = Path(json.loads(config.read_text())["queries"])
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def column(pipeline: Pipeline, statement: str, name: str) -> list[Any]:
+    """One column of what SQL over the workspace answers."""
+    return list(catalog.query(pipeline.workspace.root, statement)[name].to_pylist())
