@@ -88,7 +88,7 @@ class Subsets:
 
     def through(self, chain: Chain, queries: Gradients) -> dict[str, FloatArray]:
         """The same through any chain, for any gradients of the queries."""
-        filtered = chain.filter_all(queries)
+        filtered = chain.filter_all(dict(queries))
         return {
             name: (self.sums[name] @ gradients.flatten(1).T).double().numpy() for name, gradients in filtered.items()
         }

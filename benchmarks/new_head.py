@@ -113,7 +113,7 @@ class Bench:
     ) -> FloatArray:
         """Score of each query, from its gradient as the last stage has passed it down."""
         chain = Chain((FilteredStage(self.first, attributed or Damped(DEFAULT)),))
-        found = chain.filter_all(passed)
+        found = chain.filter_all(dict(passed))
         predicted = sum((self.sums[name] @ g.flatten(1).T).double().numpy() for name, g in found.items())
         return spearman(predicted, -(self.losses if losses is None else losses))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -74,9 +74,14 @@ class Chain:
             V = _apply(stage.curvature[name], V, function, rotated and stage is stages[-1])
         return V
 
-    def filter_all(self, gradients: Mapping[str, torch.Tensor], *, rotated: bool = False) -> dict[str, torch.Tensor]:
-        """The filtered gradients of all maps; those without a parent stage are left out."""
-        filtered = {name: self.filter(name, V, rotated=rotated) for name, V in gradients.items()}
+    def filter_all(
+        self, gradients: MutableMapping[str, torch.Tensor], *, rotated: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """The filtered gradients of all maps; those without a parent stage are left out.
+
+        Empties `gradients`: each is let go when it is filtered.
+        """
+        filtered = {name: self.filter(name, gradients.pop(name), rotated=rotated) for name in list(gradients)}
         return {name: V for name, V in filtered.items() if V is not None}
 
     def filter_back(self, name: str, V: torch.Tensor) -> torch.Tensor | None:

@@ -360,7 +360,11 @@ def query_steps(config: Config, last: _Planned, target: _Planned, speed: Rates, 
     stages = len(config.stages) - config.attributed_index
     # The query's gradient, formed of rotated tokens, is filtered for its scores and their parts, and for its sketch
     # up to the last basis; the shown documents' once, back.
-    products = last.work.filtering(3 * stages - 2) + 3 * last.work.rotation() + shown * (work.filtering(stages) + work.gradients())
+    products = (
+        last.work.filtering(3 * stages - 2)
+        + 3 * last.work.rotation()
+        + shown * (work.filtering(stages) + work.gradients())
+    )
     scored = count * query_sweeps(config, last.work, 1) + shown  # each sweep for some of the maps
     passes = 4 * last.work.forward_backward() + shown * work.forward_backward()
     scoring, dots = scored * work.forward_backward(), (count + shown) * work.gradients()

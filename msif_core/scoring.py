@@ -20,8 +20,8 @@ from msif_core.models import TrackedMap
 FloatArray = npt.NDArray[np.float32]
 Gradients = dict[str, torch.Tensor]
 
-COPIES = 3
-"""Of a query's gradient that are held at one time: raw, filtered, and one on the way."""
+COPIES = 2
+"""Of a query's gradient that are held at one time, raw and filtered; of the map that is being filtered, one more."""
 
 
 def query_groups(maps: list[TrackedMap], queries: int, budget_gb: float) -> Iterator[tuple[slice, list[TrackedMap]]]:
@@ -30,7 +30,7 @@ def query_groups(maps: list[TrackedMap], queries: int, budget_gb: float) -> Iter
     As many queries together as the largest map allows, then as many maps together as fit for those.
     """
     largest = max(m.size for m in maps)
-    step = max(1, min(queries, int(budget_gb / (COPIES * 4e-9 * largest))))
+    step = max(1, min(queries, int(budget_gb / ((COPIES + 1) * 4e-9 * largest))))
     for start in range(0, queries, step):
         rows = slice(start, min(start + step, queries))
         group: list[TrackedMap] = []

@@ -317,7 +317,8 @@ class Stages:
         """Multi-stage scores and gradient dot products, [2, Q, N]."""
         scores, chain = np.zeros((2, len(queries), len(documents))), self.chain()
         for rows, raw in self.query_gradients(queries, rotated=False):
-            both = {name: torch.cat([v, raw[name].to(v.dtype)]) for name, v in chain.filter_all(raw).items()}
+            filtered = chain.filter_all(dict(raw))
+            both = {name: torch.cat([filtered.pop(name), raw.pop(name)]) for name in list(filtered)}
             scores[:, rows] += self.exact_scores(both, documents).reshape(2, -1, len(documents))
         return scores
 
@@ -329,9 +330,9 @@ class Stages:
         raw: dict[str, low_rank.LowRank] = {}
         chain, target = self.chain(), self.config.stage(self.config.attribute_to)
         for _, gradients in self.query_gradients(queries, rotated=False):
-            for name, v in chain.filter_all(gradients).items():
+            for name, v in chain.filter_all(dict(gradients)).items():
                 filtered[name] = low_rank.joined(filtered.get(name), low_rank.cut(v, rank))
-                raw[name] = low_rank.joined(raw.get(name), low_rank.cut(gradients[name].to(v.dtype), rank))
+                raw[name] = low_rank.joined(raw.get(name), low_rank.cut(gradients[name], rank))
         both = {name: low_rank.joined(filtered[name], raw[name]) for name in filtered}
         scores = low_rank.score_low_rank(
             self.model(target.name), self.maps(target.name), both, documents, self.batch_tokens, task=target.task

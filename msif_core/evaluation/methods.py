@@ -107,7 +107,7 @@ class Pool:
             unit: divide each sequence's gradient by its norm.
         """
         links = [FilteredStage(self.stages.factors(name), spectral) for name, spectral in filters.items()]
-        filtered = Chain(tuple(links)).filter_all(self.query_gradients(query_model or self.last))
+        filtered = Chain(tuple(links)).filter_all(dict(self.query_gradients(query_model or self.last)))
         return self.product(filtered, self.document_gradients(self.target), unit)
 
     def product(self, left: Gradients, right: Gradients, unit: bool = False) -> FloatArray:
