@@ -60,8 +60,8 @@ class Passes:
 
         T, self.tracked = size.tokens, sum(m.size for m in maps)
         base = 4.0 * (self.tracked + size.hidden * inputs.VOCABULARY) * T
-        squares = {m.name: m.d_in**2 + m.groups * m.shape[1] ** 2 for m in maps}
-        rotation = sum(2.0 * min(T * squares[m.name], m.size * (m.d_in + m.shape[1])) for m in maps)
+        squares = {m.name: m.d_in**2 + m.s_entries for m in maps}
+        rotation = sum(2.0 * min(T * squares[m.name], m.size * (m.d_in + m.pieces[1])) for m in maps)
         outer = 2.0 * T * self.tracked
         covariance = 2.0 * T * sum(squares.values())
         self.passes: dict[str, Pass] = {

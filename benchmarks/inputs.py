@@ -74,7 +74,7 @@ def random_factors(maps: list[TrackedMap], device: str = "cpu") -> dict[str, Map
     return {
         m.name: MapFactors(
             torch.linalg.qr(torch.randn(m.d_in, m.d_in, device=device))[0],
-            torch.linalg.qr(torch.randn(m.groups, m.shape[1], m.shape[1], device=device))[0],
+            torch.linalg.qr(torch.randn(*m.pieces, m.pieces[1], device=device))[0],
             torch.rand(m.shape, device=device),
         )
         for m in maps

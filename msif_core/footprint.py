@@ -61,7 +61,7 @@ def of_pass(config: Config, work: Work, model: float) -> float:
 def of_fit(config: Config, work: Work, model: float, parts: int, accelerator: bool) -> dict[str, float]:
     """Bytes at the peak of covariances, eigenbases and eigenvalues."""
     covariances, values = _sweeps(config, work)
-    n = max([*work.inputs, *(m.shape[1] for m in work.maps)])
+    n = max([*work.inputs, *(m.pieces[1] for m in work.maps)])
     held, drawn = of_pass(config, work, model), sampling(config, work)
     mapped = 0.0 if accelerator else parts * max(covariances)
     return {

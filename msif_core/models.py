@@ -40,6 +40,9 @@ class TrackedMap:
 
     Attributes:
         d_in: inputs, the homogeneous coordinate of a bias included.
+        groups: G.
+        cuts: diagonal pieces that the S of each block is cut into (`curvature.block_size`); they share the block's mean
+            eigenvalue, which relative damping refers to.
         permutation: order of the output rows in which the blocks are contiguous; None where they are.
         input_group: name shared by the maps that read the same input.
     """
@@ -51,11 +54,22 @@ class TrackedMap:
     groups: int
     permutation: tuple[int, ...] | None
     input_group: str
+    cuts: int = 1
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """[G, b, d_in], the shape of the map's gradient."""
         return (self.groups, self.d_out // self.groups, self.d_in)
+
+    @property
+    def pieces(self) -> tuple[int, int]:
+        """Number and width of the pieces of S, [P, p]; P p is d_out."""
+        return (self.groups * self.cuts, self.d_out // (self.groups * self.cuts))
+
+    @property
+    def s_entries(self) -> int:
+        """Entries of all pieces of S."""
+        return self.d_out * self.pieces[1]
 
     @property
     def size(self) -> int:
@@ -205,14 +219,14 @@ def _describe(model: nn.Module, name: str, module: Any, settings: CurvatureSetti
     weight = module.weight
     d_in, d_out = weight.shape if isinstance(module, Conv1D) else reversed(weight.shape)
     groups, permutation = (1, None) if is_head else _blocks(model, name, int(d_out), settings.qkv_split)
-    groups *= _cuts(int(d_out) // groups, settings.block_size or (WIDEST_BLOCK if is_head else int(d_out)))
+    cuts = _cuts(int(d_out) // groups, settings.block_size or (WIDEST_BLOCK if is_head else int(d_out)))
     parent, _, leaf = name.rpartition(".")
     siblings = next((s for s in SIBLINGS if leaf in s), None)
     group = f"{parent}.{'+'.join(sorted(siblings))}" if siblings else name
     has_bias = module.bias is not None
     if siblings and has_bias:  # a sibling without a bias has another homogeneous input
         group += "+1"
-    return TrackedMap(name, int(d_in) + has_bias, int(d_out), has_bias, groups, permutation, group)
+    return TrackedMap(name, int(d_in) + has_bias, int(d_out), has_bias, groups, permutation, group, cuts)
 
 
 def _blocks(model: Any, name: str, d_out: int, split: str) -> tuple[int, tuple[int, ...] | None]:
@@ -240,7 +254,7 @@ def _blocks(model: Any, name: str, d_out: int, split: str) -> tuple[int, tuple[i
 
 
 def _cuts(rows: int, widest: int) -> int:
-    """Fewest equal blocks of `rows` output rows that are no larger than `widest`; a prime number has a diagonal S."""
+    """Fewest equal pieces of `rows` output rows that are no larger than `widest`; a prime number has a diagonal S."""
     return next(g for g in range(1, rows + 1) if rows % g == 0 and rows // g <= widest)
 
 

@@ -155,7 +155,7 @@ def make_plan(
         maps = tracked_maps(model, config.curvature)
         size = stage_plan(config, stage, model, maps, given.get(stage.name))
         found[stage.name] = _Planned(stage, Work(model, maps, size.tokens / max(1, size.sequences)), size, None)
-    widest = max(max([*p.work.inputs, *(m.shape[1] for m in p.work.maps)]) for p in found.values())
+    widest = max(max([*p.work.inputs, *(m.pieces[1] for m in p.work.maps)]) for p in found.values())
     speed = rates(config, device, widest)
     if device == "measure":
         found = {name: _measured(config, planned, speed) for name, planned in found.items()}
@@ -227,7 +227,7 @@ def stage_plan(config: Config, stage: Stage, model: nn.Module, maps: list[Tracke
     window = config.corpus.max_length or getattr(model.config, "max_position_embeddings", None) or 1024
     count, tokens, shards, assumed = corpus_size(config, stage, int(window), given)
     inputs = {m.input_group: m.d_in for m in maps}
-    covariances = sum(d * d for d in inputs.values()) + sum(m.groups * m.shape[1] ** 2 for m in maps)
+    covariances = sum(d * d for d in inputs.values()) + sum(m.s_entries for m in maps)
     width = _width(config)
     parts = min(shards, math.ceil(min(config.curvature.max_sequences, count) / config.curvature.part_sequences))
     return StagePlan(

@@ -128,14 +128,14 @@ def _random_factors(folder: Path, maps: list[models.TrackedMap], device: str) ->
     """Factors on disk that cost the passes what fitted ones do."""
     files = {}
     for m in maps:
-        found = MapFactors(torch.randn(m.d_in, m.d_in), torch.randn(m.groups, *2 * m.shape[1:2]), torch.rand(m.shape))
+        found = MapFactors(torch.randn(m.d_in, m.d_in), torch.randn(*m.pieces, m.pieces[1]), torch.rand(m.shape))
         names = {
             "input": input_file(m.input_group),
             "bases": bases_file(m.name),
             "eigenvalues": eigenvalues_file(m.name),
         }
         write_tensors(folder / names["input"], {"Q_A": found.Q_A / m.d_in**0.5})
-        write_tensors(folder / names["bases"], {"Q_S": found.Q_S / m.shape[1] ** 0.5})
+        write_tensors(folder / names["bases"], {"Q_S": found.Q_S / m.pieces[1] ** 0.5})
         write_tensors(folder / names["eigenvalues"], {"eigenvalues": found.eigenvalues})
         files[m.name] = names
     return Factors(folder, {"maps": files, "mean_targets": 1.0, "sequences": 1}, device, None)

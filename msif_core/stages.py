@@ -21,7 +21,7 @@ from msif_core.batching import Sequences
 from msif_core.chain import Chain, FilteredStage
 from msif_core.config import Config
 from msif_core.curvature import filters, fit
-from msif_core.curvature.factors import Factors
+from msif_core.curvature.factors import VERSION, Factors
 from msif_core.curvature.steps import Fit
 from msif_core.errors import InputError
 from msif_core.generating import complete
@@ -129,6 +129,7 @@ class Stages:
         """What the stage's factors depend on beside its data: model weights and settings."""
         settings = self.config.stage(stage)
         return storage.fingerprint(
+            VERSION,
             models.model_fingerprint(settings.model, revision=settings.revision),
             self.config.curvature.model_dump(exclude={"memory_budget_gb"}, exclude_none=True),
             self.config.compute.dtype,

@@ -38,7 +38,7 @@ class Work:
     @property
     def covariance_entries(self) -> int:
         """Entries of all A and S, or of their eigenbases."""
-        return sum(d * d for d in self.inputs) + sum(m.groups * m.shape[1] ** 2 for m in self.maps)
+        return sum(d * d for d in self.inputs) + sum(m.s_entries for m in self.maps)
 
     def forward_backward(self) -> float:
         """4 N T over all linear maps (the head too), and attention's products of tokens with tokens."""
@@ -58,14 +58,13 @@ class Work:
     def rotation(self) -> float:
         """Into the eigenbasis: of the tokens or of the gradient, whichever is cheaper, as the code does."""
         return 2.0 * sum(
-            min(self.tokens * (m.d_in**2 + m.groups * m.shape[1] ** 2), m.size * (m.shape[1] + m.d_in))
-            for m in self.maps
+            min(self.tokens * (m.d_in**2 + m.s_entries), m.size * (m.pieces[1] + m.d_in)) for m in self.maps
         )
 
     def eigenbases(self) -> float:
         """Of every A and S."""
-        return EIGH_FLOPS * (sum(d**3 for d in self.inputs) + sum(m.groups * m.shape[1] ** 3 for m in self.maps))
+        return EIGH_FLOPS * (sum(d**3 for d in self.inputs) + sum(m.s_entries * m.pieces[1] for m in self.maps))
 
     def filtering(self, stages: int) -> float:
         """One gradient through the filters of `stages` stages: four products a map and stage."""
-        return 4.0 * stages * sum(m.size * (m.shape[1] + m.d_in) for m in self.maps)
+        return 4.0 * stages * sum(m.size * (m.pieces[1] + m.d_in) for m in self.maps)

@@ -148,15 +148,20 @@ def test_filtering_leaves_the_factors_as_they_are(maps: list[TrackedMap], whole:
     assert torch.equal(whole[maps[0].name].eigenvalues, before)
 
 
-def test_tokens_or_gradients_rotated_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cuts", [1, 2])
+def test_tokens_or_gradients_rotated_are_the_same(cuts: int) -> None:
     def basis(*shape: int) -> torch.Tensor:
         return torch.linalg.qr(torch.randn(*shape, dtype=torch.float64))[0]
 
-    f = MapFactors(basis(6, 6), basis(2, 4, 4), torch.empty(0))
-    m = TrackedMap("m", 6, 8, False, 2, None, "m")
+    m = TrackedMap("m", 6, 8, False, 2, None, "m", cuts)
+    f = MapFactors(basis(6, 6), basis(*m.pieces, m.pieces[1]), torch.empty(0))
+    whole = torch.block_diag(*f.Q_S)
     for tokens in (2, 50):  # both sides of the switch
         a, d = torch.randn(3, tokens, 6, dtype=torch.float64), torch.randn(3, tokens, 2, 4, dtype=torch.float64)
-        expected = f.rotate(torch.einsum("ntgb,nti->ngbi", d, a))
+        gradients = torch.einsum("ntgb,nti->ngbi", d, a)
+        expected = (whole.mT @ gradients.flatten(1, 2) @ f.Q_A).view_as(gradients)
+        torch.testing.assert_close(f.rotate(gradients), expected)
+        torch.testing.assert_close(f.unrotate(expected), gradients)
         found = torch.zeros(3, 8, 6, dtype=torch.float64)
         for part, rows, gradients in RotatedGradients({"m": f}, torch.float64).blocks(m, a, d):
             found[part, rows] = gradients

@@ -57,9 +57,10 @@ def test_a_wide_head_has_a_block_diagonal_curvature(monkeypatch: pytest.MonkeyPa
     settings = CurvatureSettings(track_unembedding=True)
     assert tracked_maps(model, settings)[-1].shape == (1, 30, 8)
     monkeypatch.setattr("msif_core.models.WIDEST_BLOCK", 12)
-    assert tracked_maps(model, settings)[-1].shape == (3, 10, 8)
+    head = tracked_maps(model, settings)[-1]
+    assert (head.shape, head.pieces) == ((1, 30, 8), (3, 10))
     model.resize_token_embeddings(31)
-    assert tracked_maps(model, settings)[-1].shape == (31, 1, 8)
+    assert tracked_maps(model, settings)[-1].pieces == (31, 1)
     sums = fit.covariance_sums(
         model, tracked_maps(model, settings)[-1:], make_sequences(3), task="causal_lm", seed=0, batch_tokens=99
     )
@@ -73,13 +74,13 @@ def test_block_size_keeps_the_diagonal_blocks_of_the_whole_curvature() -> None:
     sums = [
         fit.covariance_sums(model, maps, sequences, task="causal_lm", seed=0, batch_tokens=99) for maps in (whole, cut)
     ]
-    assert any(m.shape[1] > 6 for m in whole)
+    assert any(m.pieces[1] > 6 for m in whole)
     for before, after in zip(whole, cut, strict=True):
-        assert after.shape[1] <= 6
-        assert after.size == before.size
+        assert after.pieces[1] <= 6
+        assert after.shape == before.shape
         S, blocks = (found[f"S/{before.name}"] for found in sums)
-        width, each = after.shape[1], after.groups // before.groups
-        for g in range(after.groups):
+        (count, width), each = after.pieces, after.cuts
+        for g in range(count):
             rows = slice((g % each) * width, (g % each + 1) * width)
             torch.testing.assert_close(blocks[g], S[g // each, rows, rows])
         torch.testing.assert_close(sums[0][f"A/{before.input_group}"], sums[1][f"A/{before.input_group}"])
@@ -89,4 +90,4 @@ def test_block_size_of_a_head_replaces_its_own() -> None:
     model = make_model("gpt_neox")
     model.resize_token_embeddings(30)
     settings = CurvatureSettings(track_unembedding=True, block_size=15)
-    assert tracked_maps(model, settings)[-1].shape == (2, 15, 8)
+    assert tracked_maps(model, settings)[-1].pieces == (2, 15)

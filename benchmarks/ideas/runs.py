@@ -98,13 +98,21 @@ def seed_ideas(subject: Subject) -> Iterator[Idea]:
 
 
 def block_ideas(subject: Subject) -> Iterator[Idea]:
-    """Other blocks of the fused query-key-value map: the factors are fitted anew."""
+    """Other blocks of the output rows: the factors are fitted anew."""
     base = subject.pool.stages.config
-    for split in ("none", "head"):
-        curvature = base.curvature.model_copy(update={"qkv_split": split})
-        workspace = base.workspace.with_name(f"{base.workspace.name}-{split}")
+    width = subject.retraining.architecture.hidden
+    variants: dict[str, dict[str, str | int]] = {
+        "query-key-value blocks: none": {"qkv_split": "none"},
+        "query-key-value blocks: head": {"qkv_split": "head"},
+        "block_size of the hidden width": {"block_size": width},
+        "block_size of half of it": {"block_size": width // 2},
+        "query-key-value blocks: head, block_size of half of the width": {
+            "qkv_split": "head",
+            "block_size": width // 2,
+        },
+    }
+    for number, (name, update) in enumerate(variants.items()):
+        curvature = base.curvature.model_copy(update=update)
+        workspace = base.workspace.with_name(f"{base.workspace.name}-blocks-{number}")
         config = base.model_copy(update={"curvature": curvature, "workspace": workspace})
-        yield (
-            f"query-key-value blocks: {split}",
-            subject.of_pool(Pool(config, subject.pool.queries)).lds(subject.filters),
-        )
+        yield name, subject.of_pool(Pool(config, subject.pool.queries)).lds(subject.filters)

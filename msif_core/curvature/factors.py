@@ -14,19 +14,22 @@ from safetensors.torch import save_file
 from msif_core import storage
 from msif_core.errors import InputError
 
-VERSION = 1
+VERSION = 2
+"""Of the files' layout: factors of another one are fitted anew."""
 
 
 def rotate_gradient(V: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left^T V right for V [..., G, b, d_in], left [G, b, b], right [d_in, d_in]."""
-    return left.mT @ (V @ right)
+    """left^T V right for V [..., G, b, d_in], left [P, p, p] (as blocks on a diagonal), right [d_in, d_in]."""
+    rows = (V @ right).reshape(*V.shape[:-3], *left.shape[:2], -1)
+    return (left.mT @ rows).reshape(V.shape)
 
 
 @dataclass(frozen=True)
 class MapFactors:
     """Curvature of one map: H ~ (Q_A x Q_S) diag(Lambda) (Q_A x Q_S)^T, block by block.
 
-    Q_A [d_in, d_in], Q_S [G, b, b], eigenvalues [G, b, d_in]. Source: George et al. 2018; Grosse et al. 2023.
+    Q_A [d_in, d_in], Q_S [P, p, p], eigenvalues [G, b, d_in], with P p = G b: a block's S may be cut to diagonal
+    pieces. Source: George et al. 2018; Grosse et al. 2023.
     """
 
     Q_A: torch.Tensor

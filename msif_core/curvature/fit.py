@@ -54,8 +54,7 @@ def partitions(maps: list[TrackedMap], budget_gb: float) -> Iterator[list[Tracke
     part: list[TrackedMap] = []
     used = 0.0
     for tracked in maps:
-        groups, block, d_in = tracked.shape
-        need = 4e-9 * (d_in * d_in + groups * block * block + 2 * groups * block * d_in)
+        need = 4e-9 * (tracked.d_in**2 + tracked.s_entries + 2 * tracked.size)
         if part and used + need > budget_gb:
             yield part
             part, used = [], 0.0
@@ -67,7 +66,7 @@ def partitions(maps: list[TrackedMap], budget_gb: float) -> Iterator[list[Tracke
 def covariance_sums(
     model: nn.Module, maps: list[TrackedMap], sequences: Sequences, *, task: str, seed: int, batch_tokens: int
 ) -> dict[str, torch.Tensor]:
-    """Sums over tokens: `A/<input group>` [d_in, d_in] of a a^T and `S/<map>` [G, b, b] of d d^T."""
+    """Sums over tokens: `A/<input group>` [d_in, d_in] of a a^T and `S/<map>` [P, p, p] of d d^T."""
     dtype = sum_dtype(model)
     sums: dict[str, torch.Tensor] = {}
 
@@ -79,7 +78,7 @@ def covariance_sums(
     def consume(tracked: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> None:
         if tracked.name in owners:
             add(f"A/{tracked.input_group}", a.flatten(0, 1)[None])
-        add(f"S/{tracked.name}", d.flatten(0, 1).transpose(0, 1))
+        add(f"S/{tracked.name}", d.reshape(-1, *tracked.pieces).transpose(0, 1))
 
     owners = {m.name for m in {m.input_group: m for m in maps}.values()}  # one map of each group adds its inputs
     capture_all(model, maps, sequences, batch_tokens, sampled_loss(task, seed), consume)

@@ -71,8 +71,8 @@ class RotatedGradients:
         """As `PerSequenceGradients.blocks`, rotated; where gradients are rotated, a block has all rows."""
         factors = self.factors[m.name]
         Q_A, Q_S = (Q.to(a.device, self._dtype) for Q in (factors.Q_A, factors.Q_S))
-        tokens = a.shape[1] * (m.d_in**2 + m.groups * m.shape[1] ** 2)
-        if tokens <= m.size * (m.shape[1] + m.d_in):
+        tokens = a.shape[1] * (m.d_in**2 + m.s_entries)
+        if tokens <= m.size * (m.pieces[1] + m.d_in):
             if self._rotated is None or a is not self._inputs:
                 self._inputs, self._rotated = a, a.to(self._dtype) @ Q_A
             yield from self._gradients.blocks(m, self._rotated, rotate_outputs(d.to(self._dtype), Q_S))
@@ -94,7 +94,8 @@ def slices(count: int, step: int) -> Iterator[slice]:
 
 
 def rotate_outputs(d: torch.Tensor, Q_S: torch.Tensor) -> torch.Tensor:
-    """D [N, T, G, b] times each block's Q_S [G, b, b]."""
+    """D [N, T, G, b] times Q_S [P, p, p], as blocks on a diagonal."""
     if Q_S.shape[0] == 1:
         return d @ Q_S[0]
-    return torch.einsum("ntgb,gbc->ntgc", d, Q_S)
+    pieces = d.reshape(*d.shape[:2], *Q_S.shape[:2])
+    return torch.einsum("ntgb,gbc->ntgc", pieces, Q_S).reshape(d.shape)
