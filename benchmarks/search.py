@@ -31,7 +31,7 @@ from msif_core.pipeline import Pipeline
 
 COUNTS = {"100,000": 100_000, "1,000,000": 1_000_000}
 QUICK = {"10,000": 10_000}
-SHARDS, CHUNK = 8, 256
+SHARDS, CHUNK = 8, 1024
 KEPT = 500
 SEARCHES = 60
 FEW = 8
