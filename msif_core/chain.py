@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from msif_core.curvature.filters import Damped, SpectralFilter, Unrolled
-
-Function = Callable[[torch.Tensor], torch.Tensor]
 
 
 class MapCurvature(Protocol):
@@ -19,10 +17,6 @@ class MapCurvature(Protocol):
     @property
     def eigenvalues(self) -> torch.Tensor:
         """Eigenvalues [G, b, d_in]."""
-        ...
-
-    def apply(self, V: torch.Tensor, function: Function) -> torch.Tensor:
-        """f(H) V."""
         ...
 
     def rotate(self, V: torch.Tensor) -> torch.Tensor:
@@ -66,13 +60,12 @@ class Chain:
 
         None where the map has no parent in a lower stage (a new head): it drops out of the score.
         """
-        stages = self.stages[self.attributed :]
-        if not all(_has(stage, name, V) for stage in stages):
+        passed = self.passed(name, V, rotated=rotated)
+        if passed is None:
             return None
-        for stage in reversed(stages):
-            function = stage.filter.attributed if stage is stages[0] else stage.filter.passing
-            V = _apply(stage.curvature[name], V, function, rotated and stage is stages[-1])
-        return V
+        stage = self.stages[self.attributed]
+        curvature = stage.curvature[name]
+        return curvature.unrotate(passed * stage.filter.attributed(curvature.eigenvalues))
 
     def filter_all(
         self, gradients: MutableMapping[str, torch.Tensor], *, rotated: bool = False
@@ -92,9 +85,10 @@ class Chain:
         stages = self.stages[self.attributed :]
         if not all(_has(stage, name, V) for stage in stages):
             return None
-        V = stages[0].curvature[name].apply(V, stages[0].filter.attributed)
-        for stage in stages[1:]:
-            V = stage.curvature[name].apply(V, stage.filter.passing)
+        for stage in stages:
+            curvature = stage.curvature[name]
+            function = stage.filter.attributed if stage is stages[0] else stage.filter.passing
+            V = curvature.unrotate(curvature.rotate(V) * function(curvature.eigenvalues))
         return V
 
     def passed(self, name: str, V: torch.Tensor, *, rotated: bool = False) -> torch.Tensor | None:
@@ -102,9 +96,12 @@ class Chain:
         stages = self.stages[self.attributed :]
         if not all(_has(stage, name, V) for stage in stages):
             return None
-        for stage in reversed(stages[1:]):
-            V = _apply(stage.curvature[name], V, stage.filter.passing, rotated and stage is stages[-1])
-        return V if rotated and len(stages) == 1 else stages[0].curvature[name].rotate(V)
+        for stage in reversed(stages):
+            curvature = stage.curvature[name]
+            V = V if rotated and stage is stages[-1] else curvature.rotate(V)
+            if stage is not stages[0]:
+                V = curvature.unrotate(V * stage.filter.passing(curvature.eigenvalues))
+        return V
 
     def levels(self, name: str) -> list[list[float]]:
         """The damping (or tau) that each stage uses for each block of a map, for the record."""
@@ -114,11 +111,6 @@ class Chain:
             level = stage.filter.level(stage.curvature[name].eigenvalues) if used else torch.zeros(0)  # type: ignore[attr-defined]
             found.append(level.flatten().tolist())
         return found
-
-
-def _apply(curvature: MapCurvature, V: torch.Tensor, function: Function, rotated: bool) -> torch.Tensor:
-    """f(H) V, of V in the eigenbasis where it is `rotated`."""
-    return curvature.unrotate(V * function(curvature.eigenvalues)) if rotated else curvature.apply(V, function)
 
 
 def _has(stage: FilteredStage, name: str, V: torch.Tensor) -> bool:

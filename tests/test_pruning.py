@@ -71,6 +71,3 @@ def test_a_half_pruned_generation_is_not_rolled_back_to(project: Path) -> None:
     with pytest.raises(InputError, match=r"is not here or pruned .codes/.*faiss is gone.; run `msif rebuild CONFIG`"):
         generations.rollback(pipeline.workspace)
     assert pipeline.workspace.published() == folders[2].name
-
-
-# -- drift --------------------------------------------------------------------------------------------

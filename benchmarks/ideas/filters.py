@@ -19,12 +19,16 @@ class RootDamped:
 
     c: float
 
-    def attributed(self, eigenvalues: torch.Tensor) -> torch.Tensor:
+    def level(self, eigenvalues: torch.Tensor) -> torch.Tensor:
         mean = block_mean(eigenvalues)
-        return 1 / (eigenvalues + self.c * (eigenvalues * mean).sqrt() + 1e-3 * mean)
+        return self.c * (eigenvalues * mean).sqrt() + 1e-3 * mean
+
+    def attributed(self, eigenvalues: torch.Tensor) -> torch.Tensor:
+        return 1 / (eigenvalues + self.level(eigenvalues))
 
     def passing(self, eigenvalues: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        level = self.level(eigenvalues)
+        return level / (eigenvalues + level)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from benchmarks.ideas.training import Trace
 from msif_core.batching import Sequences
 from msif_core.curvature.factors import MapFactors
 from msif_core.curvature.fit import EIGENVALUE_SEED, capture_all, covariance_sums
-from msif_core.curvature.gradients import RotatedGradients
+from msif_core.curvature.gradients import RotatedGradients, rotate_outputs
 from msif_core.evaluation.methods import Gradients
 from msif_core.losses import Loss, sampled_loss, target_loss
 from msif_core.models import TrackedMap
@@ -36,11 +36,11 @@ class Scaled:
     def eigenvalues(self) -> torch.Tensor:
         return self.inner.eigenvalues
 
-    def apply(self, V: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        return self.after * self.inner.apply(self.scale * V, function)
-
     def rotate(self, V: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError("its eigenbasis is not orthogonal")
+        return self.inner.rotate(self.scale * V)
+
+    def unrotate(self, V: torch.Tensor) -> torch.Tensor:
+        return self.after * self.inner.unrotate(V)
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Diagonal:
 
     eigenvalues: torch.Tensor
 
-    def apply(self, V: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        return V * function(self.eigenvalues)
-
     def rotate(self, V: torch.Tensor) -> torch.Tensor:
+        return V
+
+    def unrotate(self, V: torch.Tensor) -> torch.Tensor:
         return V
 
 
@@ -100,7 +100,7 @@ def by_token(model: torch.nn.Module, maps: list[TrackedMap], curvature: Curvatur
 
     def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> None:
         factors = curvature[m.name]
-        a, d = (a @ factors.Q_A).square(), torch.einsum("ntgb,gbc->ntgc", d, factors.Q_S).square()
+        a, d = (a @ factors.Q_A).square(), rotate_outputs(d, factors.Q_S).square()
         sums[m.name].add_(torch.einsum("ntgb,nti->gbi", d, a))
 
     capture_all(model, maps, sequences, BATCH_TOKENS, sampled_loss("causal_lm", EIGENVALUE_SEED), consume)

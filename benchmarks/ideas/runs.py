@@ -106,10 +106,7 @@ def block_ideas(subject: Subject) -> Iterator[Idea]:
         "query-key-value blocks: head": {"qkv_split": "head"},
         "block_size of the hidden width": {"block_size": width},
         "block_size of half of it": {"block_size": width // 2},
-        "query-key-value blocks: head, block_size of half of the width": {
-            "qkv_split": "head",
-            "block_size": width // 2,
-        },
+        "by head, block_size of half of it": {"qkv_split": "head", "block_size": width // 2},
     }
     for number, (name, update) in enumerate(variants.items()):
         curvature = base.curvature.model_copy(update=update)

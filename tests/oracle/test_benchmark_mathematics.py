@@ -128,7 +128,8 @@ def test_curvatures_from_held_gradients() -> None:
         )
         V = named[m.name]
         scale = torch.exp(normal(*m.shape, seed=10))
-        solved = Scaled(whole[m.name], scale, scale).apply(V, Damped(0.1).attributed)
+        scaled = Scaled(whole[m.name], scale, scale)
+        solved = scaled.unrotate(scaled.rotate(V) * Damped(0.1).attributed(scaled.eigenvalues))
         # (H' + c) applied in the scaled coordinates undoes it.
         level = Damped(0.1).level(whole[m.name].eigenvalues)
         back = whole[m.name].apply(solved / scale, lambda eigenvalues, level=level: eigenvalues + level) / scale

@@ -23,9 +23,6 @@ class DenseMap:
     def unrotate(self, V):
         return V @ self.Q.T
 
-    def apply(self, V, function):
-        return (V @ self.Q * function(self.eigenvalues)) @ self.Q.T
-
 
 def data(seed, count):
     generator = torch.Generator().manual_seed(seed)
