@@ -1,8 +1,7 @@
 """Each pass beside its flop floor and beside a bare forward plus activation backward of the same batches.
 
-The counts are those of METHOD: forward and activation backward 4 N T a sequence (the head included), covariances
-2 T (d_in^2 + d_out^2), rotations the cheaper of tokens and gradients, outer products 2 T d_in d_out, scores
-2 d_in d_out a query. The floor is a count over the machine's matrix rate, which is measured in the same rounds.
+The counts are those of METHOD (benchmarks/operations.py). The floor is a count over the machine's matrix rate, which
+is measured in the same rounds.
 
     python -m benchmarks.floor [--quick] [--out runs/bench] [--device cuda] [--dtype bfloat16] [--tokens 512]
 """
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import inputs, machine, tables
+from benchmarks.operations import Operations
 from msif_core import models, scoring
 from msif_core.batching import batches
 from msif_core.capture import capture
@@ -58,26 +58,22 @@ class Passes:
         def score(filtered: dict[str, torch.Tensor]) -> object:
             return scoring.score_sequences(model, maps, filtered, sequences, batch_tokens, task="causal_lm")
 
-        T, self.tracked = size.tokens, sum(m.size for m in maps)
-        base = 4.0 * (self.tracked + size.hidden * inputs.VOCABULARY) * T
-        squares = {m.name: m.d_in**2 + m.s_entries for m in maps}
-        rotation = sum(2.0 * min(T * squares[m.name], m.size * (m.d_in + m.pieces[1])) for m in maps)
-        outer = 2.0 * T * self.tracked
-        covariance = 2.0 * T * sum(squares.values())
+        needed = Operations(maps, size.tokens, untracked=size.hidden * inputs.VOCABULARY)
+        self.tracked, rotated = needed.tracked, needed.bare + needed.rotation + needed.outer
         self.passes: dict[str, Pass] = {
-            BARE: (bare, base),
-            "covariances": (lambda: fit.covariance_sums(model, maps, sequences, **common), base + covariance),
-            "eigenvalues": (
-                lambda: fit.eigenvalue_sums(model, maps, factors, sequences, **common), base + rotation + outer,
+            BARE: (bare, needed.bare),
+            "covariances": (
+                lambda: fit.covariance_sums(model, maps, sequences, **common), needed.bare + needed.covariances,
             ),
+            "eigenvalues": (lambda: fit.eigenvalue_sums(model, maps, factors, sequences, **common), rotated),
             WEIGHTS: (lambda: sketcher.documents(model, empty, batch_tokens, BUDGET), 0.0),
             "sketch": (
                 lambda: sketcher.documents(model, sequences, batch_tokens, BUDGET),
-                base + rotation + outer + 4.0 * self.tracked,
+                rotated + 4.0 * needed.tracked,
             ),
-            "exact scores, 1 query": (lambda: score(one), base + outer),
+            "exact scores, 1 query": (lambda: score(one), needed.bare + needed.outer),
             f"exact scores, {size.queries} queries": (
-                lambda: score(queries), base + outer + 2.0 * self.tracked * size.queries,
+                lambda: score(queries), needed.bare + needed.outer + needed.products(size.queries),
             ),
         }  # fmt: skip
 

@@ -72,7 +72,7 @@ def draw_labels(logits: torch.Tensor, targets: torch.Tensor, u: torch.Tensor) ->
     rows, columns = torch.nonzero(targets != IGNORED, as_tuple=True)
     for part in torch.arange(len(rows), device=rows.device).split(max(1, CHUNK_ENTRIES // logits.shape[-1])):
         at = rows[part], columns[part]
-        cumulative = logits[at].double().softmax(dim=-1).cumsum(dim=-1)
+        cumulative = logits[at].softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
         label = torch.searchsorted(cumulative, u[at][:, None], right=True).squeeze(-1)
         drawn[at] = label.clamp_(max=logits.shape[-1] - 1)
     return drawn

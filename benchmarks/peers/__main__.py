@@ -22,13 +22,17 @@ import numpy as np
 import tokenizers
 import transformers
 
-from benchmarks import inputs, tables
+from benchmarks import inputs, machine, tables
+from benchmarks.operations import Operations
+from benchmarks.peers import msif_side
 from benchmarks.peers.protocol import Case, Side
+from msif_core import models
 
 REPEATS = 5
 SIDES = {"msif": None, "plain loop": None, "kronfluence": "kronfluence", "bergson": "bergson"}
 MODULES = {"msif": "msif_side", "plain loop": "loop_side", "kronfluence": "kronfluence_side", "bergson": "bergson_side"}
 ENVIRONMENTS = Path("runs/peers")
+FLOOR = "the floor"
 
 
 @dataclass(frozen=True)
@@ -79,13 +83,22 @@ def start(case: Case, notes: list[str]) -> dict[str, Side]:
     return found
 
 
-def compare(case: Case, repeats: int, notes: list[str]) -> tuple[dict[str, dict[str, list[float]]], dict[str, Any]]:
-    """Seconds of each side's steps in interleaved rounds, after one to warm up; and peaks and score matrices."""
+def compare(
+    case: Case, repeats: int, notes: list[str]
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, Any], float]:
+    """Seconds of each side's steps in interleaved rounds, after one to warm up; peaks and score matrices; matrix rate.
+
+    A step's peak is the largest resident size of its process while it ran, in any round. The matrix rate is the best
+    of this process, in the same rounds.
+    """
+    product, operations = machine.matrix_product()
+    products = []
     sides = start(case, notes)
     times: dict[str, dict[str, list[float]]] = {name: {} for name in sides}
-    seen: dict[str, Any] = {name: {"start": side.peak_at_start} for name, side in sides.items()}
+    seen: dict[str, Any] = {name: {"peaks": {}} for name in sides}
     steps = list(dict.fromkeys(step for side in sides.values() for step in side.steps))
     for turn in range(repeats + 1):
+        products += [machine.seconds(product) for _ in range(3)]
         for step in steps:
             for name, side in list(sides.items()):
                 if step not in side.steps:
@@ -98,12 +111,12 @@ def compare(case: Case, repeats: int, notes: list[str]) -> tuple[dict[str, dict[
                     continue
                 if turn:
                     times[name].setdefault(step, []).append(answer["seconds"])
-                seen[name]["peak"] = answer["peak"]
+                seen[name]["peaks"][step] = max(answer["peak"], seen[name]["peaks"].get(step, 0))
                 if answer["matrix"]:
                     seen[name]["scores"] = answer["matrix"]
     for side in sides.values():
         side.close()
-    return times, seen
+    return times, seen, operations / min(products)
 
 
 def agreement(reference: np.ndarray, other: np.ndarray) -> tuple[float, float]:
@@ -112,40 +125,64 @@ def agreement(reference: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     return correlation, float(np.abs(reference - other).max() / np.abs(reference).max())
 
 
+def floors(setting: Setting) -> dict[str, float]:
+    """Operations that the steps cannot do without, but for eigendecompositions, which are no matrix products."""
+    maps = models.tracked_maps(setting.size.model(), msif_side.CURVATURE)
+    needed = Operations(maps, setting.size.tokens, untracked=setting.size.hidden * inputs.VOCABULARY)
+    gradient = needed.bare + needed.outer
+    rotated = gradient + needed.rotation
+    return {
+        "fit": setting.train * (needed.bare + needed.covariances + rotated),
+        "scores": setting.queries * (rotated + needed.unrotation)
+        + setting.train * (gradient + needed.products(setting.queries)),
+    }  # fmt: skip
+
+
 def tabulate(
-    setting: Setting, times: Mapping[str, Mapping[str, list[float]]], seen: Mapping[str, Any], notes: list[str]
-) -> tables.Table:
-    """One row a side: milliseconds a sequence, how much slower than msif, peak memory, agreement of the scores."""
+    setting: Setting,
+    times: Mapping[str, Mapping[str, list[float]]],
+    seen: Mapping[str, Any],
+    rate: float,
+    notes: list[str],
+) -> list[tables.Table]:
+    """One row a side: milliseconds a sequence and how much slower than msif; peak memory; agreement of the scores."""
     medians = {name: {s: statistics.median(v) for s, v in steps.items()} for name, steps in times.items()}
+    medians[FLOOR] = {step: operations / rate for step, operations in floors(setting).items()}
     steps = list(dict.fromkeys(step for found in medians.values() for step in found))
-    scores = {name: np.load(found["scores"]) for name, found in seen.items() if "scores" in found}
-    rows: list[list[tables.Cell]] = []
+    times_rows: list[list[tables.Cell]] = []
     for name, found in medians.items():
         row: list[tables.Cell] = [name]
         for step in steps:
             row.append(1e3 * found[step] / setting.train if step in found else None)
             ours = medians["msif"].get(step)
             row.append(found[step] / ours if step in found and ours else None)
-        peak = seen[name].get("peak")
-        row += [peak / 2**20 if peak else None, seen[name]["start"] / 2**20]
+        times_rows.append(row)
+    scores = {name: np.load(found["scores"]) for name, found in seen.items() if "scores" in found}
+    other_rows: list[list[tables.Cell]] = []
+    for name, found in seen.items():
+        row = [name, *(found["peaks"][step] / 2**20 if step in found["peaks"] else None for step in steps)]
         row += list(agreement(scores["msif"], scores[name])) if {"msif", name} <= set(scores) else [None, None]
-        rows.append(row)
-    columns = ["", *(part for step in steps for part in (f"{step}, ms a sequence", "times msif"))]
-    columns += ["peak MiB", "of it at the start", "correlation with msif's scores", "largest relative difference"]
+        other_rows.append(row)
     size = setting.size
-    notes.insert(
-        0,
+    note = (
         f"GPT-NeoX {size.hidden} x {size.layers}, {setting.train} sequences of {size.tokens} tokens, "
         f"{setting.queries} queries, batches of {setting.batch}; empirical Fisher, damping 0.1 of the mean "
         "eigenvalue. Scores include the queries' gradients. msif's index: 32,000-dimensional sketches to 1-bit codes; "
         f"bergson's: gradients projected to 16 x 16 a map (or whole), never whitened. Medians of {REPEATS} "
-        "interleaved rounds.",
+        f"interleaved rounds. {FLOOR}: operations counted in benchmarks/operations.py, eigendecompositions left out, "
+        f"at the matrix rate of the same rounds, {rate / 1e9:.0f} GFLOP/s."
     )
-    return tables.Table("Peers: the same factors and scores", columns, rows, notes)
+    columns = ["", *(part for step in steps for part in (f"{step}, ms a sequence", "times msif"))]
+    others = ["", *(f"{step}, peak MiB" for step in steps)]
+    others += ["correlation with msif's scores", "largest relative difference"]
+    return [
+        tables.Table("Peers: the same factors and scores", columns, times_rows, [note, *notes]),
+        tables.Table("Memory beside the peers, and agreement of the scores", others, other_rows),
+    ]
 
 
 def main() -> None:
-    """Compare, save the table, print it."""
+    """Compare, save the tables, print them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
@@ -153,9 +190,9 @@ def main() -> None:
     setting = QUICK if options.quick else FULL
     notes: list[str] = []
     case = write_case(options.out / "peers-case", setting)
-    table = tabulate(setting, *compare(case, REPEATS, notes), notes)
-    tables.save(options.out / "peers.json", [table])
-    print(table.markdown())
+    found = tabulate(setting, *compare(case, REPEATS, notes), notes)
+    tables.save(options.out / "peers.json", found)
+    print("\n".join(table.markdown() for table in found))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.machine import peak_bytes
+from benchmarks.machine import peak_bytes, reset_peak
 
 REPLY = "@reply "
 Step = Callable[[], np.ndarray | None]
@@ -53,13 +53,14 @@ class Case:
 
 
 def serve(prepare: Callable[[Case], Mapping[str, Step]]) -> None:
-    """Run steps as their names come in; each reply holds seconds, peak bytes, and where a returned matrix lies."""
+    """Run steps as their names come in; each reply has seconds, the step's peak bytes, and where a matrix lies."""
     case = Case(Path(sys.argv[1]))
     torch.set_num_threads(case.settings["threads"])
     steps = prepare(case)
-    _reply(steps=list(steps), peak=peak_bytes())
+    _reply(steps=list(steps))
     for line in sys.stdin:
         name = line.strip()
+        reset_peak()
         start = time.perf_counter()
         matrix = steps[name]()
         took = time.perf_counter() - start
@@ -85,9 +86,7 @@ class Side:
             [str(python), "-m", module, str(case.folder.resolve())],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment,
         )  # fmt: skip
-        ready = self._answer()
-        self.steps: list[str] = ready["steps"]
-        self.peak_at_start: int = ready["peak"]
+        self.steps: list[str] = self._answer()["steps"]
 
     def run(self, step: str) -> dict[str, Any]:
         """Run a step.

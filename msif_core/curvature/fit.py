@@ -131,8 +131,9 @@ def capture_all(
 
 
 def finite_rows(a: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-    """Whether each sequence's inputs and gradients are finite: [N]."""
-    return (a.flatten(1).sum(dim=1, dtype=torch.float64) + d.flatten(1).sum(dim=1, dtype=torch.float64)).isfinite()
+    """Whether each sequence's inputs and gradients are finite, and their sums in float32 at least: [N]."""
+    dtype = torch.promote_types(d.dtype, torch.float32)
+    return (a.flatten(1).sum(dim=1, dtype=dtype) + d.flatten(1).sum(dim=1, dtype=dtype)).isfinite()
 
 
 def finite_sequences(
