@@ -67,7 +67,7 @@ def steps(pipeline: Pipeline) -> dict[str, Callable[[], object]]:
     ids = inputs.random_tokens(1, pipeline.max_length(stage), 1)[0].tolist()
     return {
         "covariances": lambda: [pipeline.covariance_part(stage, part) for part in parts],
-        "eigenbases": lambda: pipeline.combine_covariances(stage),
+        "eigenbases": lambda: [pipeline.eigenbasis_part(stage, part) for part in parts],
         "eigenvalues": eigenvalues,
         "sketches": sketches,
         "one query": lambda: pipeline.attribute([{"id": "q", "input_ids": ids, "labels": ids}]),

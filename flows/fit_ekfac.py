@@ -19,13 +19,13 @@ def fit_ekfac(config: Configuration) -> None:
 
 
 def fit_stage(config: Config, stage: str) -> None:
-    """Both passes over the parts of the sample."""
+    """Each step over the parts of the sample, then the factors."""
     parts = in_turn(config, len(Pipeline(config).fit_parts(stage)))
-    with resources(config):
-        mapped = curvature.covariance_part.map(unmapped(config), unmapped(stage), parts)
-        progress.gather(f"covariance of {stage}", mapped)
-    curvature.combine_covariances(config, stage)
-    with resources(config):
-        mapped = curvature.eigenvalue_part.map(unmapped(config), unmapped(stage), parts)
-        progress.gather(f"eigenvalues of {stage}", mapped)
+    for name, step in (
+        ("covariance", curvature.covariance_part),
+        ("eigenbases", curvature.eigenbasis_part),
+        ("eigenvalues", curvature.eigenvalue_part),
+    ):
+        with resources(config):
+            progress.gather(f"{name} of {stage}", step.map(unmapped(config), unmapped(stage), parts))
     curvature.combine_eigenvalues(config, stage)

@@ -31,9 +31,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(steps)
     console.print(f"Times are for {plan.rates.device}; {_origin(plan)}. The build takes {_time(plan.hours)}.")
     if plan.devices > 1:
-        console.print(
-            "Tasks are divided over the devices; eigenbases are one task a stage, a query and publishing one process."
-        )
+        console.print("Tasks are divided over the devices; a query and publishing are one process.")
     console.print("Memory is the device's; of a CPU, the process's resident size. The search is one thread's.")
     console.print(f"Index: {plan.index_kind}, {_bytes(plan.index_bytes)}.")
     console.print(f"Recall: {plan.recall_sweeps} sweeps of its sample, for the queries' gradients to fit the budget.")

@@ -348,18 +348,6 @@ class Pipeline(Stages):
         self.publish_catalog()
         return folder
 
-    def fit_stage(self, stage: str) -> None:
-        """Both passes of the EK-FAC fit, each followed by its sum."""
-        parts = len(self.fit_parts(stage))
-        for step, finish in (
-            (self.covariance_part, self.combine_covariances),
-            (self.eigenvalue_part, self.combine_eigenvalues),
-        ):
-            for part in range(parts):
-                step(stage, part)
-                self.progress(f"{step.__name__} {stage}", part + 1, parts)
-            finish(stage)
-
     def attribute(self, queries: Path | Sequence[dict[str, Any]], top_k: int | None = None) -> Attribution:
         """Rank the attributed stage's documents for each query, with exact scores."""
         folder = answering.answer(self, self.read_queries(queries), top_k or self.config.retrieval.top_k)

@@ -307,7 +307,12 @@ def fit_steps(config: Config, planned: _Planned, speed: Rates) -> list[Step]:
         return Step(name, size.name, operations, seconds, size.parts, memory[name], planned.times is not None)
 
     bases = Step(
-        "eigenbases", size.name, work.eigenbases(), work.eigenbases() / speed.eigenbases, 1, memory["eigenbases"]
+        "eigenbases",
+        size.name,
+        work.eigenbases(),
+        work.eigenbases() / speed.eigenbases,
+        size.parts,
+        memory["eigenbases"],
     )
     corrected = fitted * (work.rotation() + 2.0 * work.tracked)
     return [

@@ -192,11 +192,11 @@ class Stages:
             return []
         return self.fit(stage).covariances(part, self.fit_sample(stage, part))
 
-    def combine_covariances(self, stage: str) -> list[Path]:
-        """Add the parts' sums and diagonalise them; returns the files of the eigenbases."""
+    def eigenbasis_part(self, stage: str, part: int) -> list[Path]:
+        """Diagonalise one part's share of the covariances; nothing where another process has finished the fit."""
         if self.fitted(stage):
             return []
-        return self.fit(stage).eigenbases(len(self.fit_parts(stage)))
+        return self.fit(stage).eigenbases(part, len(self.fit_parts(stage)))
 
     def eigenvalue_part(self, stage: str, part: int) -> list[Path]:
         """Sum the squared rotated gradients of one part; nothing where another process has finished the fit."""
@@ -210,6 +210,15 @@ class Stages:
             if self.fitted(stage):
                 return self.factors_folder(stage)
             return self.fit(stage).finish(len(self.fit_parts(stage)))
+
+    def fit_stage(self, stage: str) -> Path:
+        """The whole fit, step by step; returns the finished factors' folder."""
+        parts = len(self.fit_parts(stage))
+        for step in (self.covariance_part, self.eigenbasis_part, self.eigenvalue_part):
+            for part in range(parts):
+                step(stage, part)
+                self.progress(f"{step.__name__} {stage}", part + 1, parts)
+        return self.combine_eigenvalues(stage)
 
     def remove_sums(self, stage: str) -> None:
         """Remove the parts' sums: of no more use when the factors are finished, and many times their size."""

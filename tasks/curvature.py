@@ -1,4 +1,4 @@
-"""The EK-FAC fit: two passes over the parts of the sample, each followed by a sum."""
+"""The EK-FAC fit: two passes over the parts of the sample, eigenbases in between, a sum at the end."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from prefect import task
 
 from msif_core.config import Config
 from msif_core.pipeline import Pipeline
-from tasks import ACCELERATOR, IO, progress, run_step
+from tasks import ACCELERATOR, IO, MODEL, run_step
 
 
 @task(task_run_name="covariance-{stage}-{part:05d}", tags=[ACCELERATOR], **IO)
@@ -15,11 +15,11 @@ def covariance_part(config: Config, stage: str, part: int) -> list[Path]:
     return run_step(config, "covariance_part", stage, part)
 
 
-@task(task_run_name="eigenbases-{stage}", **IO)
-def combine_covariances(config: Config, stage: str) -> list[Path]:
-    """Add the parts' sums and diagonalise them."""
-    with progress.whole(f"eigenbases of {stage}"):
-        return Pipeline(config).combine_covariances(stage)
+@task(task_run_name="eigenbases-{stage}-{part:05d}", tags=[ACCELERATOR], **IO)
+def eigenbasis_part(config: Config, stage: str, part: int) -> list[Path]:
+    """Eigenbases of one part's share of the summed covariances."""
+    with MODEL:
+        return Pipeline(config).eigenbasis_part(stage, part)
 
 
 @task(task_run_name="eigenvalues-{stage}-{part:05d}", tags=[ACCELERATOR], **IO)

@@ -32,7 +32,8 @@ def run(model: Any, maps: list[TrackedMap], folder: Path, order: Sequence[int] =
     job = Fit(model, maps, folder, **(OPTIONS | changed))
     for part in order:
         job.covariances(part, PARTS[part])
-    job.eigenbases(2)
+    for part in order:
+        job.eigenbases(part, 2)
     for part in order:
         job.eigenvalues(part, PARTS[part])
     return Factors.open(job.finish(2))
@@ -264,7 +265,8 @@ def test_documents_with_gradients_that_are_not_finite_leave_the_sums(maps: list[
         job = Fit(model, maps, folder, **OPTIONS, quarantine=lambda part, names: told.append((part, names)))
         for i, part in enumerate(parts):
             job.covariances(i, part)
-        job.eigenbases(2)
+        for i in range(2):
+            job.eigenbases(i, 2)
         for i, part in enumerate(parts):
             job.eigenvalues(i, part)
         return Factors.open(job.finish(2))

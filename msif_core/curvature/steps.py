@@ -1,8 +1,9 @@
 """The EK-FAC fit of one stage on disk: sums of each part of the sample, eigenbases, corrected eigenvalues.
 
 The sample is cut into parts. Each pass writes the sums of a part in one file for each group of maps that fits the
-memory budget; the files are added up in part order, one map at a time. So neither restarts nor the order in which
-parts finish change a bit of the result, and never more than the budget is held.
+memory budget; the files are added up in part order, one map at a time. Eigendecompositions are dealt out to as many
+parts. So neither restarts nor the order in which parts finish change a bit of the result, and never more than the
+budget is held.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +33,16 @@ Quarantine = Callable[[int, list[str]], None]
 
 def ignore_quarantine(_part: int, _documents: list[str]) -> None:
     """For those who keep no table of documents that were set aside."""
+
+
+class _Matrix(NamedTuple):
+    """A covariance to diagonalise: operations (but for a factor), its key among the sums, where its eigenbasis goes."""
+
+    cost: int
+    key: str
+    name: str
+    file: str
+    group: int
 
 
 @dataclass(frozen=True)
@@ -65,20 +76,31 @@ class Fit:
 
         return [self._write("covariance", part, group, sequences, sums) for group in range(len(self.groups))]
 
-    def eigenbases(self, parts: int) -> list[Path]:
-        """Add the parts' covariances and diagonalise them in float64: a file for each input group and each map."""
-        written: dict[str, Path] = {}
+    def eigenbases(self, part: int, parts: int) -> list[Path]:
+        """Add up one part's share of the covariances, of all `parts`, and diagonalise them in float64: a file for each.
+
+        The costliest are dealt out first, so that the shares are alike.
+        """
         device = next(self.model.parameters()).device
+        sums: dict[int, list[Any]] = {}
+        written = []
+        for matrix in self._matrices[part::parts]:
+            if matrix.group not in sums:
+                sums[matrix.group] = self._open("covariance", parts, matrix.group)
+            build = _eigenbasis(matrix, sums[matrix.group], device)
+            written.append(storage.build_once(self.folder / matrix.file, build))
+        return written
+
+    @cached_property
+    def _matrices(self) -> list[_Matrix]:
+        """The A of every input group and the S of every map, the costliest to diagonalise first."""
+        found: dict[str, _Matrix] = {}
         for group, maps in enumerate(self.groups):
-            sums = self._open("covariance", parts, group)
             for m in maps:
-                for key, name, file in (
-                    (f"A/{m.input_group}", "Q_A", input_file(m.input_group)),
-                    (f"S/{m.name}", "Q_S", bases_file(m.name)),
-                ):
-                    if key not in written:
-                        written[key] = storage.build_once(self.folder / file, _eigenbasis(sums, key, name, device))
-        return list(written.values())
+                A, S = f"A/{m.input_group}", f"S/{m.name}"
+                found.setdefault(A, _Matrix(m.d_in**3, A, "Q_A", input_file(m.input_group), group))
+                found[S] = _Matrix(m.pieces[0] * m.pieces[1] ** 3, S, "Q_S", bases_file(m.name), group)
+        return sorted(found.values(), key=lambda matrix: (-matrix.cost, matrix.key))
 
     def eigenvalues(self, part: int, sequences: Sequences) -> list[Path]:
         """Sums of squared rotated gradients over one part, in the eigenbases that stand in the folder."""
@@ -174,10 +196,10 @@ class Fit:
                 storage.write_json(record, sorted(dropped))
 
 
-def _eigenbasis(sums: list[Any], key: str, name: str, device: torch.device) -> Callable[[Path], None]:
+def _eigenbasis(matrix: _Matrix, sums: list[Any], device: torch.device) -> Callable[[Path], None]:
     def build(temporary: Path) -> None:
-        total, dtype = add_up(key, sums)
-        write_tensors(temporary, {name: torch.linalg.eigh(total.to(device)).eigenvectors.to(dtype)})
+        total, dtype = add_up(matrix.key, sums)
+        write_tensors(temporary, {matrix.name: torch.linalg.eigh(total.to(device)).eigenvectors.to(dtype)})
 
     return build
 

@@ -38,7 +38,8 @@ class Pool:
         self.target, self.last = config.attribute_to, config.stages[-1].name
         for stage in config.stages:
             self.stages.tokenize(stage.name)
-            self._fit(stage.name)
+            if not self.stages.fitted(stage.name):
+                self.stages.fit_stage(stage.name)
         self.queries = queries
         parts = [corpus.read_shard(path) for path in self.stages.shards(self.target)]
         self.sequences = Sequences(
@@ -53,17 +54,6 @@ class Pool:
         self.documents = sorted(texts)
         self.texts = [texts[name] for name in self.documents]
         self._held: dict[tuple[str, str], Gradients] = {}
-
-    def _fit(self, stage: str) -> None:
-        if self.stages.fitted(stage):
-            return
-        for step, finish in (
-            (self.stages.covariance_part, self.stages.combine_covariances),
-            (self.stages.eigenvalue_part, self.stages.combine_eigenvalues),
-        ):
-            for part in range(len(self.stages.fit_parts(stage))):
-                step(stage, part)
-            finish(stage)
 
     @cached_property
     def column(self) -> npt.NDArray[np.int64]:

@@ -19,7 +19,7 @@ def fit_factors(model, maps, folder, task, seed):
     job = Fit(model, maps, folder, task, seed, batch_tokens=64, budget_gb=1.0)
     sequences = make_sequences(12, seed, task)
     job.covariances(0, sequences)
-    job.eigenbases(1)
+    job.eigenbases(0, 1)
     job.eigenvalues(0, sequences)
     job.finish(1)
     return Factors.open(folder)
@@ -80,11 +80,13 @@ def test_gradients_equal_autograd_whatever_the_batch(architecture):
     sequences = make_sequences(6, task=task)
     together = scoring.query_gradients(model, maps, sequences, 1000, task=task)
     alone = scoring.query_gradients(model, maps, sequences, 1, task=task)
+    single = architecture in ("bloom", "llama")  # softmax and RMSNorm are in float32 in the model's own code
+    close: dict[str, float] = {"rtol": 1e-5, "atol": 1e-6} if single else {"rtol": 1e-8, "atol": 1e-10}
     for row in range(len(sequences)):
         expected = dense.gradients(model, maps, sequences.input_ids[row], sequences.labels[row], task)
         for name, G in expected.items():
-            torch.testing.assert_close(together[name][row], G, rtol=1e-8, atol=1e-10)
-            torch.testing.assert_close(alone[name][row], G, rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(together[name][row], G, **close)
+            torch.testing.assert_close(alone[name][row], G, **close)
 
 
 def test_contributions_add_up_to_the_exact_score(architecture):
