@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from threading import RLock
 from typing import Any
 
@@ -29,7 +29,7 @@ def capture(model: Any, maps: list[TrackedMap], batch: Batch, loss: Loss, consum
     the summed loss with respect to the map's output. Rows of `a` that no target depends on are zero:
     padding, and in a causal model the positions from the last target on; d is zero there by itself.
     Maps of one input group get the same tensor `a`. Both are freed when they have been consumed. A map that reads
-    one vector a sequence (a pooler, a head) has T = 1.
+    one vector a sequence (a pooler, a head) has T = 1. Products within, the consumer's too, are as `model.tf32` says.
 
     Raises:
         InputError: a map is called twice in one forward, so that its gradient is not one outer product, or on
@@ -71,7 +71,7 @@ def capture(model: Any, maps: list[TrackedMap], batch: Batch, loss: Loss, consum
             gradient = gradient[..., torch.as_tensor(tracked.permutation, device=gradient.device)]
         consume(tracked, a, gradient.unflatten(-1, tracked.shape[:2]))
 
-    with PASS, ExitStack() as hooks, torch.enable_grad():
+    with PASS, precision(getattr(model, "tf32", False)), ExitStack() as hooks, torch.enable_grad():
         hooks.callback(model.get_input_embeddings().register_forward_hook(_require_grad).remove)
         for tracked in maps:
             hooks.callback(model.get_submodule(tracked.name).register_forward_hook(forward_hook(tracked)).remove)
@@ -79,6 +79,17 @@ def capture(model: Any, maps: list[TrackedMap], batch: Batch, loss: Loss, consum
         if inputs or len(called) < len(maps):
             lost = inputs or {m.name for m in maps} - called
             raise InputError(f"{next(iter(lost))}: does not reach the loss; leave it out of curvature.include")
+
+
+@contextmanager
+def precision(tf32: bool) -> Iterator[None]:
+    """Take float32 matrix products in TF32, where the device has it, or whole. torch has one setting for a process."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def forward(model: Any, batch: Batch) -> Any:

@@ -183,6 +183,11 @@ class ComputeSettings(Settings):
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         "float32", description="The model's dtype; sums are float32 or better whatever it is."
     )
+    tf32: bool = Field(
+        False,
+        description="On a GPU that has it: matrix products of the passes in TF32, inputs rounded to 10 bits and sums "
+        "in float32. A bfloat16 model's gradients lose nothing, the eigenbases they are seen in a little.",
+    )
     batch_tokens: int = Field(4096, ge=1, description="Padded tokens in a batch.")
     workers: int = Field(1, ge=1, description="Shards in work at a time in one process.")
     ranks: int = Field(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from msif_core.capture import precision
 from msif_core.config import Config
 from msif_core.errors import InputError
 
@@ -26,17 +27,18 @@ OUTER_SHARE = 0.5
 MODEL_SHARE = 0.75
 """Rate of a model's forward and backward, as a share of a square product's (docs/performance.md)."""
 
-PEAKS = {"a100": (312e12, 19.5e12), "h100": (989e12, 67e12), "h200": (989e12, 67e12)}
-"""Operations a second of a 16-bit and of a 32-bit matrix product (data sheets, no sparsity, no TF32)."""
+PEAKS = {"a100": (312e12, 156e12, 19.5e12), "h100": (989e12, 494e12, 67e12), "h200": (989e12, 494e12, 67e12)}
+"""Operations a second of a matrix product in 16 bits, in TF32 and in float32 (data sheets, no sparsity)."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations a second: of the model's products, of the float32 statistics, of float64 eigenbases."""
+    """Operations a second: of the model, of the statistics, of queries' filters in float32, of float64 eigenbases."""
 
     device: str
     model: float
     statistics: float
+    filters: float
     eigenbases: float
 
     @property
@@ -44,9 +46,9 @@ class Rates:
         """Whether steps run in an accelerator's own memory."""
         return not self.device.startswith("cpu")
 
-    def seconds(self, model: float, products: float, outer: float = 0.0) -> float:
-        """Of operations of the model, of matrix products, and of per-sequence outer products."""
-        return model / self.model + (products + outer / OUTER_SHARE) / self.statistics
+    def seconds(self, model: float, products: float, outer: float = 0.0, filters: float = 0.0) -> float:
+        """Of operations of the model, of matrix products, of per-sequence outer products, and of filters."""
+        return model / self.model + (products + outer / OUTER_SHARE) / self.statistics + filters / self.filters
 
 
 def rates(config: Config, device: str, widest: int) -> Rates:
@@ -54,13 +56,16 @@ def rates(config: Config, device: str, widest: int) -> Rates:
     if device == "measure":
         name = config.compute.device
         name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-        model = MODEL_SHARE * _measure(name, getattr(torch, config.compute.dtype))
-        return Rates(name, model, _measure(name, torch.float32), _measure_eigh(name, widest))
+        filters, eigenbases = _measure(name, torch.float32), _measure_eigh(name, widest)
+        with precision(config.compute.tf32):
+            model = MODEL_SHARE * _measure(name, getattr(torch, config.compute.dtype))
+            return Rates(name, model, _measure(name, torch.float32), filters, eigenbases)
     if device not in PEAKS:
         raise InputError(f"device {device!r} is not known: measure, {', '.join(sorted(PEAKS))}")
-    half, single = (UTILISATION * peak for peak in PEAKS[device])
+    half, tf32, whole = (UTILISATION * peak for peak in PEAKS[device])
+    single = tf32 if config.compute.tf32 else whole
     model = half if config.compute.dtype in ("bfloat16", "float16") else single
-    return Rates(f"{device} at {UTILISATION:.0%} of its peak", model, single, GPU_EIGENBASES)
+    return Rates(f"{device} at {UTILISATION:.0%} of its peak", model, single, whole, GPU_EIGENBASES)
 
 
 def _measure(device: str, dtype: torch.dtype) -> float:

@@ -86,10 +86,12 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     adapter: str = "refuse",
+    tf32: bool = False,
 ) -> nn.Module:
     """The frozen model in evaluation mode; weights come from safetensors only.
 
-    An adapter (PEFT) is merged into its base model with `adapter` "merge".
+    An adapter (PEFT) is merged into its base model with `adapter` "merge". `tf32` is how its passes multiply
+    (`capture.precision`).
 
     Raises:
         InputError: there is no such checkpoint, or it has no safetensors, lacks weights, or is an adapter that is
@@ -98,7 +100,7 @@ def load_model(
     options = (dtype, task, trust_remote_code)
     settings = adapter_settings(source, revision)
     if settings is None:
-        return freeze(_read_checkpoint(source, revision, *options).to(device))
+        return freeze(_read_checkpoint(source, revision, *options).to(device), tf32)
     if adapter != "merge":
         raise InputError(
             f"{source}: a PEFT adapter of {settings['base_model_name_or_path']}, not a whole model; set "
@@ -120,7 +122,7 @@ def load_model(
     except (OSError, ValueError, RuntimeError) as error:
         name = settings["base_model_name_or_path"]
         raise InputError(f"{source}: the adapter cannot be merged into its base model {name}: {error}") from None
-    return freeze(merged.to(device))
+    return freeze(merged.to(device), tf32)
 
 
 def adapter_settings(source: str, revision: str | None = None) -> dict[str, Any] | None:
@@ -152,8 +154,12 @@ def _read_checkpoint(source: str, revision: str | None, dtype: str, task: str, t
     return model
 
 
-def freeze(model: nn.Module) -> nn.Module:
-    """Evaluation mode, and no parameter asks for a gradient: weight gradients are never formed."""
+def freeze(model: nn.Module, tf32: bool = False) -> nn.Module:
+    """Evaluation mode, and no parameter asks for a gradient: weight gradients are never formed.
+
+    `tf32` stays with the model, as its device and dtype do, and says how its passes multiply.
+    """
+    model.tf32 = tf32  # type: ignore[assignment]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model.eval()

@@ -365,19 +365,16 @@ def query_steps(config: Config, last: _Planned, target: _Planned, speed: Rates, 
     stages = len(config.stages) - config.attributed_index
     # The query's gradient, formed of rotated tokens, is filtered for its scores and their parts, and for its sketch
     # up to the last basis; the shown documents' once, back.
-    products = (
-        last.work.filtering(3 * stages - 2)
-        + 3 * last.work.rotation()
-        + shown * (work.filtering(stages) + work.gradients())
-    )
+    filters = last.work.filtering(3 * stages - 2) + shown * work.filtering(stages)
+    products = 3 * last.work.rotation() + shown * work.gradients()
     scored = count * query_sweeps(config, last.work, 1) + shown  # each sweep for some of the maps
     passes = 4 * last.work.forward_backward() + shown * work.forward_backward()
     scoring, dots = scored * work.forward_backward(), (count + shown) * work.gradients()
     seconds = _seconds(target, "scores", 1, scored)
-    seconds = speed.seconds(passes, products) + (seconds or speed.seconds(scoring, dots))
+    seconds = speed.seconds(passes, products, filters=filters) + (seconds or speed.seconds(scoring, dots))
     weights = size.model_bytes + (last.size.model_bytes if last is not target else 0)
     memory = footprint.of_query(config, last.work, work, weights, shown)
-    operations = passes + products + scoring + dots
+    operations = passes + products + filters + scoring + dots
     return [
         Step("search", size.name, 0.0, 2 * searched / SEARCH_RATE),  # for and against
         Step("one query", size.name, operations, seconds, 1, memory, target.times is not None),

@@ -74,6 +74,7 @@ class Stages:
             revision=settings.revision,
             trust_remote_code=self.config.compute.trust_remote_code,
             adapter=settings.adapter,
+            tf32=self.config.compute.tf32,
         )
 
     def tokenizer(self, stage: str) -> Any:
@@ -133,6 +134,7 @@ class Stages:
             models.model_fingerprint(settings.model, revision=settings.revision),
             self.config.curvature.model_dump(exclude={"memory_budget_gb"}, exclude_none=True),
             self.config.compute.dtype,
+            *(["tf32"] if self.config.compute.tf32 else []),
         )
 
     def factors_fingerprint(self, stage: str) -> str:

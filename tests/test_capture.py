@@ -17,9 +17,9 @@ from msif_core.config import CurvatureSettings
 from msif_core.curvature.fit import NonFiniteError, covariance_sums, finite_sequences
 from msif_core.errors import InputError
 from msif_core.losses import draw_labels, sampled_loss, target_loss, uniforms
-from msif_core.models import TrackedMap, coverage, load_model, tracked_maps
+from msif_core.models import TrackedMap, coverage, freeze, load_model, tracked_maps
 from msif_core.scoring import query_gradients
-from tests.conftest import VOCAB, make_model, make_sequences, task_of
+from tests.conftest import VOCAB, make_model, make_sequences, task_of, tolerance
 
 ROOMY = 10_000
 
@@ -58,6 +58,7 @@ def test_gradients_equal_autograd(architecture: str, split: Any, small_models: d
 
 def test_gradient_does_not_depend_on_the_batch(architecture: str, small_models: dict[str, Any]) -> None:
     """Alone, in a padded batch, or in another order: the same gradient, and the same inputs and labels drawn."""
+    close = tolerance(architecture)
     model, task = small_models[architecture], task_of(architecture)
     maps = tracked_maps(model, CurvatureSettings())
     sequences = make_sequences(5, task=task)
@@ -68,12 +69,30 @@ def test_gradient_does_not_depend_on_the_batch(architecture: str, small_models: 
         covariance_sums(model, maps, sequences.take([i]), task=task, seed=3, batch_tokens=ROOMY) for i in range(5)
     ]
     for key, value in sums.items():
-        torch.testing.assert_close(value, sum(s[key] for s in singles), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(value, sum(s[key] for s in singles), **close)
     for m in maps:
-        torch.testing.assert_close(backwards[m.name].flip(0), together[m.name], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(backwards[m.name].flip(0), together[m.name], **close)
         for i in range(5):
             single = query_gradients(model, maps, sequences.take([i]), ROOMY, task=task)[m.name][0]
-            torch.testing.assert_close(together[m.name][i], single, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(together[m.name][i], single, **close)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_products_of_a_pass_are_as_the_model_says(tf32: bool) -> None:
+    model = freeze(make_model("gpt_neox", dtype=torch.float32), tf32)
+    maps = tracked_maps(model, CurvatureSettings())
+    seen: list[str] = []
+
+    def consume(*_: Any) -> None:
+        seen.append(torch.get_float32_matmul_precision())
+
+    torch.set_float32_matmul_precision("medium")  # what the user's own code has asked for
+    try:
+        capture(model, maps, only(make_sequences(2)), target_loss("causal_lm"), consume)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {"high" if tf32 else "highest"}
 
 
 def test_bf16_is_close(decoder: str) -> None:

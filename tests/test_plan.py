@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import transformers
 
-from msif_core import plan, probe
+from msif_core import devices, plan, probe
 from msif_core.config import Config
 from msif_core.curvature.fit import partitions
 from msif_core.errors import InputError
@@ -87,6 +87,15 @@ def test_what_cannot_be_planned_is_named(tmp_path: Path) -> None:
         plan.make_plan(config_of(tmp_path, "bigscience/bloom-560m"), "h100", {"finetune": 1})
     with pytest.raises(InputError, match="stage 'pretrain': no configuration of"):
         plan.make_plan(config_of(tmp_path, str(tmp_path / "nothing")), "h100")
+
+
+def test_tf32_speeds_up_statistics_but_no_filter(tmp_path: Path) -> None:
+    whole, quick = (
+        devices.rates(config_of(tmp_path, "EleutherAI/pythia-2.8b", compute={"tf32": tf32}), "h100", 1024)
+        for tf32 in (False, True)
+    )
+    assert quick.seconds(0, products=1e15, outer=1e15) < whole.seconds(0, products=1e15, outer=1e15) / 7
+    assert quick.seconds(0, 0, filters=1e15) == whole.seconds(0, 0, filters=1e15)
 
 
 def test_devices_divide_whole_tasks_only(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from msif_core.config import CurvatureSettings
 from msif_core.curvature.factors import Factors
 from msif_core.curvature.filters import Damped
 from msif_core.curvature.steps import Fit
-from tests.conftest import make_model, make_sequences, task_of
+from tests.conftest import make_model, make_sequences, task_of, tolerance
 from tests.oracle import dense
 
 
@@ -80,8 +80,7 @@ def test_gradients_equal_autograd_whatever_the_batch(architecture):
     sequences = make_sequences(6, task=task)
     together = scoring.query_gradients(model, maps, sequences, 1000, task=task)
     alone = scoring.query_gradients(model, maps, sequences, 1, task=task)
-    single = architecture in ("bloom", "llama")  # softmax and RMSNorm are in float32 in the model's own code
-    close: dict[str, float] = {"rtol": 1e-5, "atol": 1e-6} if single else {"rtol": 1e-8, "atol": 1e-10}
+    close = tolerance(architecture, rtol=1e-8, atol=1e-10)
     for row in range(len(sequences)):
         expected = dense.gradients(model, maps, sequences.input_ids[row], sequences.labels[row], task)
         for name, G in expected.items():
