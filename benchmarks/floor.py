@@ -41,7 +41,7 @@ class Passes:
 
     def __init__(self, size: inputs.Size, device: str, dtype: torch.dtype, batch_tokens: int, curvature: Any) -> None:
         self.size = size
-        model = size.model(device, dtype)
+        model = models.freeze(size.model(device, dtype), tf32=tf32())
         maps = models.tracked_maps(model, curvature)
         sequences = size.data()
         factors: Any = inputs.random_factors(maps, device)
@@ -78,6 +78,11 @@ class Passes:
         }  # fmt: skip
 
 
+def tf32() -> bool:
+    """Whether this run multiplies in TF32."""
+    return torch.get_float32_matmul_precision() == "high"
+
+
 def _unused(*_: object) -> None:
     raise AssertionError("a bare pass has no tracked map")
 
@@ -104,8 +109,8 @@ def measure(label: str, passes: Passes, repeats: int, device: str, dtype: torch.
     notes = [
         f"{size.sequences} sequences of {size.tokens} tokens, {str(dtype).removeprefix('torch.')}; matrix rate "
         f"{rate / 1e12:.3g} TFLOP/s in the same rounds (its best); medians of {repeats} interleaved rounds. "
-        "`sketch weights` is paid once a shard, and taken off the `sketch` row. Statistics are float32 "
-        "products, whatever the model's dtype."
+        "`sketch weights` is paid once a shard, and taken off the `sketch` row. Statistics are "
+        f"{'TF32' if tf32() else 'float32'} products, whatever the model's dtype."
     ]
     columns = ["pass", "seconds", "floor, s", "times the floor", "times the bare pass", "TFLOP/s",
                "share of the matrix rate"]  # fmt: skip
@@ -159,6 +164,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--tf32", action="store_true", help="products in TF32, where the device has it")
     parser.add_argument("--tokens", type=int, help="tokens of a sequence")
     parser.add_argument("--sequences", type=int, help="sequences at each size")
     parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS)
@@ -166,6 +172,7 @@ def main() -> None:
     sizes = inputs.QUICK if options.quick else inputs.SIZES
     changes = {key: value for key in ("tokens", "sequences") if (value := getattr(options, key))}
     dtype = getattr(torch, options.dtype)
+    torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
     found = []
     for label, size in sizes.items():
         passes = Passes(replace(size, **changes), options.device, dtype, options.batch_tokens, inputs.curvature())
