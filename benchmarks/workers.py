@@ -36,8 +36,7 @@ def work(pipeline: Pipeline, number: int) -> None:
     random.Random(number).shuffle(order)
     print("ready", flush=True)
     for _ in sys.stdin:
-        for shard in order:
-            pipeline.index_shard(shard)
+        storage.free_first(order, pipeline.index_shard)
         print("done", flush=True)
 
 

@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-from prefect import flow, get_run_logger, unmapped
+from prefect import flow, get_run_logger
 
 from flows.changes import what_changed
 from flows.fit_ekfac import fit_ekfac
 from flows.parameters import Configuration
-from flows.runners import helpers, in_turn, resources, task_runner
+from flows.runners import helpers, share, task_runner
 from flows.tokenize_corpus import tokenize_corpus
 from msif_core import generations, storage
 from msif_core.pipeline import Pipeline
-from tasks import index, progress, publish
+from tasks import index, publish
 
 
 @flow(name="build-index", flow_run_name="index {config.workspace.name}")
@@ -42,8 +42,6 @@ def sketch_shards(config: Configuration) -> None:
     """What workers can share: codes of every shard, and exact scores of the held-out queries."""
     pipeline = Pipeline(config)
     index.train_index(config)
-    with resources(config):
-        shards = in_turn(config, len(pipeline.shards(pipeline.target)))
-        progress.gather("sketch", index.index_shard.map(unmapped(config), shards))
-        if pipeline.held_out() is not None:
-            progress.gather("exact scores", index.exact_shard.map(unmapped(config), pipeline.recall_shards()))
+    share(config, "sketch", index.index_shard, parts=range(len(pipeline.shards(pipeline.target))))
+    if pipeline.held_out() is not None:
+        share(config, "exact scores", index.exact_shard, parts=pipeline.recall_shards())

@@ -1,12 +1,12 @@
 """fit-ekfac: covariances, eigenbases, corrected eigenvalues, for every stage that lacks them."""
 
-from prefect import flow, unmapped
+from prefect import flow
 
 from flows.parameters import Configuration
-from flows.runners import in_turn, resources
+from flows.runners import share
 from msif_core.config import Config
 from msif_core.pipeline import Pipeline
-from tasks import curvature, progress
+from tasks import curvature
 
 
 @flow(name="fit-ekfac", flow_run_name="fit {config.workspace.name}")
@@ -20,12 +20,8 @@ def fit_ekfac(config: Configuration) -> None:
 
 def fit_stage(config: Config, stage: str) -> None:
     """Each step over the parts of the sample, then the factors."""
-    parts = in_turn(config, len(Pipeline(config).fit_parts(stage)))
-    for name, step in (
-        ("covariance", curvature.covariance_part),
-        ("eigenbases", curvature.eigenbasis_part),
-        ("eigenvalues", curvature.eigenvalue_part),
-    ):
-        with resources(config):
-            progress.gather(f"{name} of {stage}", step.map(unmapped(config), unmapped(stage), parts))
+    parts = range(len(Pipeline(config).fit_parts(stage)))
+    share(config, f"covariance of {stage}", curvature.covariance_part, stage, parts=parts)
+    share(config, f"eigenbases of {stage}", curvature.eigenbasis_part, stage, parts=parts)
+    share(config, f"eigenvalues of {stage}", curvature.eigenvalue_part, stage, parts=parts)
     curvature.combine_eigenvalues(config, stage)

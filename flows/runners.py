@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 from uuid import UUID
 
-from prefect import get_run_logger
+from prefect import get_run_logger, unmapped
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
@@ -22,6 +22,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from msif_core.config import Config
 from msif_core.errors import InputError
+from tasks import progress
 
 
 def task_runner(config: Config) -> Any:
@@ -56,12 +57,20 @@ def resources(config: Config) -> AbstractContextManager[Any]:
     return remote_options(num_cpus=1, num_gpus=config.runner.accelerators)
 
 
-def in_turn(config: Config, count: int) -> list[int]:
-    """The order in which this process takes shards: its own where others help, so that they seldom meet."""
-    order = list(range(count))
+def share(config: Config, name: str, step: Any, *arguments: Any, parts: Sequence[int]) -> None:
+    """Map a step over parts, in an order of this process's own where others help, so that they seldom meet.
+
+    Parts that another process is at come last: they are waited for when no free one is left.
+    """
+    order = list(parts)
     if config.runner.kind == "pool":
         random.Random(f"{os.uname().nodename} {os.getpid()}").shuffle(order)
-    return order
+    common = [unmapped(argument) for argument in (config, *arguments)]
+    with resources(config):
+        found = progress.gather(name, step.map(*common, order, wait=unmapped(False)))
+        held = [part for part, built in zip(order, found, strict=True) if built is None]
+        if held:
+            progress.gather(name, step.map(*common, held, wait=unmapped(True)))
 
 
 @contextmanager

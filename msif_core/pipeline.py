@@ -341,9 +341,7 @@ class Pipeline(Stages):
             self.remove_sums(stage)
         self.train_index()
         count = len(self.shards(self.target))
-        for shard in range(count):
-            self.index_shard(shard)
-            self.progress("index_shard", shard + 1, count)
+        storage.free_first(range(count), self.reporting("index_shard", self.index_shard, count))
         folder = self.publish_generation()
         self.publish_catalog()
         return folder

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -217,15 +217,26 @@ class Stages:
         """The whole fit, step by step; returns the finished factors' folder."""
         parts = len(self.fit_parts(stage))
         for step in (self.covariance_part, self.eigenbasis_part, self.eigenvalue_part):
-            for part in range(parts):
-                step(stage, part)
-                self.progress(f"{step.__name__} {stage}", part + 1, parts)
+            run = self.reporting(f"{step.__name__} {stage}", partial(step, stage), parts)
+            storage.free_first(range(parts), run)
         return self.combine_eigenvalues(stage)
+
+    def reporting(self, name: str, step: Callable[[int], object], count: int) -> Callable[[int], None]:
+        """The step, which tells `progress` each time how many of its parts are done."""
+        done = 0
+
+        def run(part: int) -> None:
+            nonlocal done
+            step(part)
+            done += 1
+            self.progress(name, done, count)
+
+        return run
 
     def remove_sums(self, stage: str) -> None:
         """Remove the parts' sums: of no more use when the factors are finished, and many times their size."""
-        for partial in self.factors_folder(stage).glob("partial-*"):
-            shutil.rmtree(partial, ignore_errors=True)  # another process may be at it too
+        for sums in self.factors_folder(stage).glob("partial-*"):
+            shutil.rmtree(sums, ignore_errors=True)  # another process may be at it too
 
     def fit(self, stage: str) -> Fit:
         """The stage's fit; documents whose gradients are not finite go into the corpus's quarantine."""

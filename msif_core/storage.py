@@ -7,8 +7,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,11 @@ def build_once(path: Path, build: Callable[[Path], None]) -> Path:
     """Return `path`, calling `build(temporary)` first if it does not stand whole beside its checksum.
 
     A file whose bytes no longer match the checksum written beside it is rebuilt. Of processes that ask for the
-    same file at the same time one builds it, and the others wait.
+    same file at the same time one builds it, and the others wait, or raise `BusyError` where they are `passing_by`.
     """
     if is_whole(path):
         return path
-    with locked(path):
+    with locked(path, wait=_WAITS.get()):
         if is_whole(path):
             return path
         with atomic_path(path) as temporary:
@@ -102,17 +103,53 @@ def build_once(path: Path, build: Callable[[Path], None]) -> Path:
     return path
 
 
+class BusyError(Exception):
+    """Another process, or thread, is at work on the file."""
+
+
+_WAITS = ContextVar("_WAITS", default=True)
+
+
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def passing_by() -> Iterator[None]:
+    """Within, nobody waits for a file that somebody else is building: `build_once` raises `BusyError`."""
+    token = _WAITS.set(False)
+    try:
+        yield
+    finally:
+        _WAITS.reset(token)
+
+
+def free_first(parts: Iterable[int], build: Callable[[int], object]) -> None:
+    """Build every part; those that somebody else is at come last, and are waited for."""
+    held = []
+    for part in parts:
+        try:
+            with passing_by():
+                build(part)
+        except BusyError:
+            held.append(part)
+    for part in held:
+        build(part)
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold the lock of `path` among threads and processes, on machines that share the file system too.
 
     The system frees it when its holder dies, however that dies. The lock is a file beside `path` with a
     temporary name, removed at the end unless there was an error: whoever waited for it finds `path` done.
+
+    Raises:
+        BusyError: somebody else holds it, and this is not to `wait`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".tmp-lock-{path.name}")
     with open(lock, "ab") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(str(path)) from None
         yield
         lock.unlink(missing_ok=True)
 

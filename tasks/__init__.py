@@ -5,9 +5,11 @@ there is anything to do is decided by the files and their checksums, not by Pref
 result would claim that a file exists that somebody has deleted.
 """
 
+from contextlib import nullcontext
 from threading import Lock
 from typing import Any
 
+from msif_core import storage
 from msif_core.config import Config
 from msif_core.errors import InputError
 from msif_core.pipeline import Pipeline
@@ -21,14 +23,22 @@ MODEL = Lock()
 passes. Shards run side by side in separate processes."""
 
 
-def run_step(config: Config, step: str, *arguments: str | int) -> Any:
-    """Run a step of the pipeline, here or in the processes that share a large model; returns its path or paths."""
-    with MODEL:
-        if config.compute.ranks == 1:
-            return getattr(Pipeline(config), step)(*arguments)
-        from msif_core import sharded
+def run_step(config: Config, step: str, *arguments: str | int, wait: bool = True) -> Any:
+    """Run a step of the pipeline, here or in the processes that share a large model; returns its path or paths.
 
-        return sharded.run_step(config, step, *arguments)
+    Without `wait`, None where another process is at it.
+    """
+    with MODEL:
+        if config.compute.ranks > 1:
+            from msif_core import sharded
+
+            if step in sharded.STEPS:
+                return sharded.run_step(config, step, *arguments)
+        try:
+            with nullcontext() if wait else storage.passing_by():
+                return getattr(Pipeline(config), step)(*arguments)
+        except storage.BusyError:
+            return None
 
 
 def worth_retrying(_task: Any, _run: Any, state: Any) -> bool:

@@ -6,26 +6,25 @@ from prefect import task
 
 from msif_core.config import Config
 from msif_core.pipeline import Pipeline
-from tasks import ACCELERATOR, IO, MODEL, run_step
+from tasks import ACCELERATOR, IO, run_step
 
 
 @task(task_run_name="covariance-{stage}-{part:05d}", tags=[ACCELERATOR], **IO)
-def covariance_part(config: Config, stage: str, part: int) -> list[Path]:
+def covariance_part(config: Config, stage: str, part: int, wait: bool) -> list[Path] | None:
     """Covariance sums of one part."""
-    return run_step(config, "covariance_part", stage, part)
+    return run_step(config, "covariance_part", stage, part, wait=wait)
 
 
 @task(task_run_name="eigenbases-{stage}-{part:05d}", tags=[ACCELERATOR], **IO)
-def eigenbasis_part(config: Config, stage: str, part: int) -> list[Path]:
+def eigenbasis_part(config: Config, stage: str, part: int, wait: bool) -> list[Path] | None:
     """Eigenbases of one part's share of the summed covariances."""
-    with MODEL:
-        return Pipeline(config).eigenbasis_part(stage, part)
+    return run_step(config, "eigenbasis_part", stage, part, wait=wait)
 
 
 @task(task_run_name="eigenvalues-{stage}-{part:05d}", tags=[ACCELERATOR], **IO)
-def eigenvalue_part(config: Config, stage: str, part: int) -> list[Path]:
+def eigenvalue_part(config: Config, stage: str, part: int, wait: bool) -> list[Path] | None:
     """Squared rotated gradients of one part."""
-    return run_step(config, "eigenvalue_part", stage, part)
+    return run_step(config, "eigenvalue_part", stage, part, wait=wait)
 
 
 @task(task_run_name="factors-{stage}", **IO)

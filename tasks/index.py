@@ -17,15 +17,15 @@ def train_index(config: Config) -> Path:
 
 
 @task(task_run_name="sketch-shard-{shard:05d}", tags=[ACCELERATOR], **IO)
-def index_shard(config: Config, shard: int) -> Path:
+def index_shard(config: Config, shard: int, wait: bool) -> Path | None:
     """Codes of one shard's sequences."""
-    return run_step(config, "index_shard", shard)
+    return run_step(config, "index_shard", shard, wait=wait)
 
 
 @task(task_run_name="exact-shard-{shard:05d}", tags=[ACCELERATOR], **IO)
-def exact_shard(config: Config, shard: int) -> Path:
+def exact_shard(config: Config, shard: int, wait: bool) -> Path | None:
     """Exact scores of the held-out queries on one shard, the ground truth of recall."""
-    return run_step(config, "exact_shard", shard)
+    return run_step(config, "exact_shard", shard, wait=wait)
 
 
 @task(task_run_name="publish-generation", **IO)

@@ -62,3 +62,23 @@ def test_a_killed_builder_frees_what_it_held(tmp_path: Path) -> None:
     assert second.wait(60) == 0
     assert log.read_text() == "built\nbuilt\n"
     assert storage.is_whole(path)
+
+
+def test_what_another_process_is_at_comes_last(tmp_path: Path) -> None:
+    """The free parts are built while another process is at the first one, which is then waited for."""
+    log, built = tmp_path / "log", []
+    other = start(tmp_path / "0", log, 2.0)
+    wait_for_lines(log, 1)
+
+    def build(part: int) -> None:
+        def write(temporary: Path) -> None:
+            temporary.write_text(str(part))
+
+        storage.build_once(tmp_path / str(part), write)
+        built.append((part, other.poll() is None))
+
+    storage.free_first(range(3), build)
+    assert other.wait(60) == 0
+    assert [part for part, _ in built] == [1, 2, 0]
+    assert [working for _, working in built[:2]] == [True, True], "the other process was still at work"
+    assert (tmp_path / "0").read_text() == "content", "as the other process made it"
