@@ -25,8 +25,8 @@ EIGH_COPIES = 5
 MIXED_COPIES = 5
 """Of a shard's sketches, while they are mixed."""
 
-SIGN_BYTES = 24
-"""Of an entry whose random sign is being drawn."""
+SIGN_BYTES = 12
+"""Of an entry whose weight gets its random sign: both, and their product."""
 
 
 def activations(config: Config, work: Work) -> float:

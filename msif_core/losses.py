@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from msif_core.batching import IGNORED, Batch
+from msif_core.randomness import uniforms
 
 CHUNK_ENTRIES = 1 << 24
 """Softmax entries held in float64 at one time."""
@@ -76,20 +76,3 @@ def draw_labels(logits: torch.Tensor, targets: torch.Tensor, u: torch.Tensor) ->
         label = torch.searchsorted(cumulative, u[at][:, None], right=True).squeeze(-1)
         drawn[at] = label.clamp_(max=logits.shape[-1] - 1)
     return drawn
-
-
-def uniforms(fingerprints: list[str], positions: int, seed: int) -> np.ndarray:
-    """Uniform numbers [N, positions] in [0, 1), each a function of (seed, fingerprint, position) alone."""
-    keys = np.array([int(f, 16) for f in fingerprints], dtype=np.uint64)[:, None]
-    with np.errstate(over="ignore"):
-        state = _mix(keys ^ _mix(np.array([[seed & 0xFFFFFFFFFFFFFFFF]], dtype=np.uint64)))
-        state = _mix(state + np.arange(1, positions + 1, dtype=np.uint64)[None] * np.uint64(0x9E3779B97F4A7C15))
-    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele et al. 2014)."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

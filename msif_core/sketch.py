@@ -30,8 +30,9 @@ from msif_core.curvature.filters import SpectralFilter
 from msif_core.curvature.fit import partitions, sum_dtype
 from msif_core.curvature.gradients import PerSequenceGradients, RotatedGradients
 from msif_core.errors import InputError
-from msif_core.losses import target_loss, uniforms
+from msif_core.losses import target_loss
 from msif_core.models import TrackedMap
+from msif_core.randomness import random_signs
 
 if TYPE_CHECKING:
     from msif_core.config import SketchSettings
@@ -44,12 +45,6 @@ Gradients = dict[str, torch.Tensor]
 def fold_length(dimensions: int, widths: set[int]) -> int:
     """The largest M <= dimensions that shares no factor with any of `widths`."""
     return next(m for m in range(dimensions, 0, -1) if all(math.gcd(m, w) == 1 for w in widths if w < m))
-
-
-def random_signs(count: int, seed: int) -> torch.Tensor:
-    """`count` random signs, float32, a function of the seed and the position alone."""
-    key = f"{seed & 0xFFFFFFFFFFFFFFFF:016x}"
-    return torch.from_numpy(np.where(uniforms([key], count, 1)[0] < 0.5, -1.0, 1.0).astype(np.float32))
 
 
 def hadamard(x: torch.Tensor) -> torch.Tensor:
@@ -178,7 +173,7 @@ class Sketcher:
     def _signed(self, m: TrackedMap, weight: torch.Tensor) -> torch.Tensor:
         """The map's weights with its random signs, flat."""
         seed = (self.settings.seed << 20) + self.maps.index(m) + 2
-        return weight.float().flatten() * random_signs(m.size, seed)
+        return weight.float().flatten() * random_signs(m.size, seed, weight.device)
 
     def _add(self, folded: torch.Tensor, flat: torch.Tensor, offset: int) -> None:
         """folded[:, (offset + i) mod M] += flat[:, i], as slices and one sum."""

@@ -16,8 +16,9 @@ from msif_core.capture import capture, counted_positions, forward
 from msif_core.config import CurvatureSettings
 from msif_core.curvature.fit import NonFiniteError, covariance_sums, finite_sequences
 from msif_core.errors import InputError
-from msif_core.losses import draw_labels, sampled_loss, target_loss, uniforms
+from msif_core.losses import draw_labels, sampled_loss, target_loss
 from msif_core.models import TrackedMap, coverage, freeze, load_model, tracked_maps
+from msif_core.randomness import uniforms
 from msif_core.scoring import query_gradients
 from tests.conftest import VOCAB, make_model, make_sequences, task_of, tolerance
 

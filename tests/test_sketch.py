@@ -14,7 +14,8 @@ from msif_core.curvature.factors import MapFactors
 from msif_core.curvature.filters import Damped, Unrolled
 from msif_core.errors import InputError
 from msif_core.models import TrackedMap, tracked_maps
-from msif_core.sketch import Sketcher, fold_length, hadamard, random_signs
+from msif_core.randomness import random_signs, uniforms
+from msif_core.sketch import Sketcher, fold_length, hadamard
 from tests.conftest import make_sequences, task_of
 
 WHITENINGS = ["eigen", "kronecker", "none"]
@@ -224,6 +225,8 @@ def test_signs_are_balanced_and_fixed():
     assert not torch.equal(signs, random_signs(10_000, 6))
     pinned = [1, -1, 1, -1, 1, 1, -1, -1]  # stored sketches depend on them: a change needs a new sketch.VERSION
     assert random_signs(8, 0).tolist() == pinned
+    below = uniforms([f"{5:016x}"], 600_000, 1)[0] < 0.5
+    assert torch.equal(random_signs(600_000, 5) < 0, torch.from_numpy(below)), "the same in every block"
 
 
 # -- invariances --------------------------------------------------------------------------------------

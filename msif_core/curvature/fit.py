@@ -14,8 +14,9 @@ from msif_core.capture import Consume, capture
 from msif_core.curvature.factors import MapFactors
 from msif_core.curvature.gradients import RotatedGradients
 from msif_core.errors import InputError
-from msif_core.losses import Loss, sampled_loss, target_loss, uniforms
+from msif_core.losses import Loss, sampled_loss, target_loss
 from msif_core.models import TrackedMap
+from msif_core.randomness import uniforms
 
 EIGENVALUE_SEED = 0x5EED
 """Added to the seed of the second pass: fresh labels, independent of the first pass's."""
