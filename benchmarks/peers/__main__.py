@@ -14,7 +14,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +186,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--train", type=int, help="sequences that are fitted, scored and indexed")
+    parser.add_argument("--queries", type=int)
     options = parser.parse_args()
     setting = QUICK if options.quick else FULL
+    changes = {key: value for key in ("train", "queries") if (value := getattr(options, key))}
+    setting = replace(setting, **changes)
     notes: list[str] = []
     case = write_case(options.out / "peers-case", setting)
     found = tabulate(setting, *compare(case, REPEATS, notes), notes)
