@@ -1,7 +1,7 @@
 """Each pass beside its flop floor and beside a bare forward plus activation backward of the same batches.
 
-The counts are those of METHOD (benchmarks/operations.py). The floor is a count over the machine's matrix rate, which
-is measured in the same rounds.
+The counts are the plan's (msif_core/work.py), without attention's products. The floor is a count over the machine's
+matrix rate, which is measured in the same rounds.
 
     python -m benchmarks.floor [--quick] [--out runs/bench] [--device cuda] [--dtype bfloat16] [--tokens 512]
 """
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from benchmarks import inputs, machine, tables
-from benchmarks.operations import Operations
 from msif_core import models, scoring
 from msif_core.batching import batches
 from msif_core.capture import capture
@@ -26,6 +25,7 @@ from msif_core.curvature import fit
 from msif_core.curvature.filters import Damped
 from msif_core.losses import target_loss
 from msif_core.sketch import Sketcher
+from msif_core.work import Work
 
 REPEATS = 5
 BATCH_TOKENS = 2048
@@ -58,22 +58,23 @@ class Passes:
         def score(filtered: dict[str, torch.Tensor]) -> object:
             return scoring.score_sequences(model, maps, filtered, sequences, batch_tokens, task="causal_lm")
 
-        needed = Operations(maps, size.tokens, untracked=size.hidden * inputs.VOCABULARY)
-        self.tracked, rotated = needed.tracked, needed.bare + needed.rotation + needed.outer
+        work = Work(model, maps, size.tokens)
+        bare_flops, formed = work.linear(), work.linear() + work.gradients()
+        self.tracked, rotated = work.tracked, formed + work.rotation()
         self.passes: dict[str, Pass] = {
-            BARE: (bare, needed.bare),
+            BARE: (bare, bare_flops),
             "covariances": (
-                lambda: fit.covariance_sums(model, maps, sequences, **common), needed.bare + needed.covariances,
+                lambda: fit.covariance_sums(model, maps, sequences, **common), bare_flops + work.covariance(),
             ),
             "eigenvalues": (lambda: fit.eigenvalue_sums(model, maps, factors, sequences, **common), rotated),
             WEIGHTS: (lambda: sketcher.documents(model, empty, batch_tokens, BUDGET), 0.0),
             "sketch": (
                 lambda: sketcher.documents(model, sequences, batch_tokens, BUDGET),
-                rotated + 4.0 * needed.tracked,
+                rotated + 4.0 * work.tracked,
             ),
-            "exact scores, 1 query": (lambda: score(one), needed.bare + needed.outer),
+            "exact scores, 1 query": (lambda: score(one), formed),
             f"exact scores, {size.queries} queries": (
-                lambda: score(queries), needed.bare + needed.outer + needed.products(size.queries),
+                lambda: score(queries), formed + 2.0 * work.tracked * size.queries,
             ),
         }  # fmt: skip
 
@@ -177,7 +178,7 @@ def main() -> None:
     for label, size in sizes.items():
         passes = Passes(replace(size, **changes), options.device, dtype, options.batch_tokens, inputs.curvature())
         found.append(measure(label, passes, REPEATS, options.device, dtype))
-        if label == "10 M":
+        if label != "3 M":
             found.append(profile(passes, options.device))
         if label == next(iter(sizes)):
             blocked = replace(size, **{"sequences": 16, **changes}, queries=1)

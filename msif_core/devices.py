@@ -11,9 +11,7 @@ import torch
 from msif_core.capture import precision
 from msif_core.config import Config
 from msif_core.errors import InputError
-
-EIGH_FLOPS = 9.0
-"""Operations of a symmetric eigendecomposition with vectors, divided by n^3."""
+from msif_core.work import EIGH_FLOPS
 
 UTILISATION = 0.4
 """Share of the peak rate that is assumed of a device that is not measured."""

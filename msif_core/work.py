@@ -8,8 +8,10 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from msif_core.devices import EIGH_FLOPS
 from msif_core.models import TrackedMap
+
+EIGH_FLOPS = 9.0
+"""Operations of a symmetric eigendecomposition with vectors, divided by n^3."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,15 @@ class Work:
         """Entries of all A and S, or of their eigenbases."""
         return sum(d * d for d in self.inputs) + sum(m.s_entries for m in self.maps)
 
+    def linear(self) -> float:
+        """Forward and activation backward of all linear maps (the head too): 4 N T."""
+        entries = sum(m.weight.numel() for m in self.model.modules() if isinstance(m, nn.Linear | Conv1D))
+        return 4.0 * entries * self.tokens
+
     def forward_backward(self) -> float:
-        """4 N T over all linear maps (the head too), and attention's products of tokens with tokens."""
-        linear = sum(m.weight.numel() for m in self.model.modules() if isinstance(m, nn.Linear | Conv1D))
+        """The same, and attention's products of tokens with tokens."""
         config: Any = self.model.config
-        attention = 12.0 * config.num_hidden_layers * config.hidden_size * self.tokens**2
-        return 4.0 * linear * self.tokens + attention
+        return self.linear() + 12.0 * config.num_hidden_layers * config.hidden_size * self.tokens**2
 
     def covariance(self) -> float:
         """Sums of a a^T and d d^T."""
@@ -65,6 +70,10 @@ class Work:
         """Of every A and S."""
         return EIGH_FLOPS * (sum(d**3 for d in self.inputs) + sum(m.s_entries * m.pieces[1] for m in self.maps))
 
+    def unrotation(self) -> float:
+        """One gradient out of the eigenbasis."""
+        return 2.0 * sum(m.size * (m.pieces[1] + m.d_in) for m in self.maps)
+
     def filtering(self, stages: int) -> float:
-        """One gradient through the filters of `stages` stages: four products a map and stage."""
-        return 4.0 * stages * sum(m.size * (m.pieces[1] + m.d_in) for m in self.maps)
+        """One gradient through the filters of `stages` stages: there and back in each."""
+        return 2.0 * stages * self.unrotation()

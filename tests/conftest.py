@@ -43,8 +43,8 @@ def task_of(architecture: str) -> str:
 
 
 def tolerance(architecture: str, rtol: float = 1e-9, atol: float = 1e-12) -> dict[str, float]:
-    """Of one gradient taken in two batches: some models take a softmax or a norm in float32, whatever their weights."""
-    return {"rtol": 1e-5, "atol": 1e-6} if architecture in ("bloom", "llama") else {"rtol": rtol, "atol": atol}
+    """Of one gradient taken in two batches: BLOOM's softmax is in float32 in its own code, whatever its weights."""
+    return {"rtol": 1e-6, "atol": 1e-6} if architecture == "bloom" else {"rtol": rtol, "atol": atol}
 
 
 def make_model(architecture: str, seed: int = 0, task: str | None = None, dtype: torch.dtype = torch.float64) -> Any:

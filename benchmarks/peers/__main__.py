@@ -23,10 +23,10 @@ import tokenizers
 import transformers
 
 from benchmarks import inputs, machine, tables
-from benchmarks.operations import Operations
 from benchmarks.peers import msif_side
 from benchmarks.peers.protocol import Case, Side
 from msif_core import models
+from msif_core.work import Work
 
 REPEATS = 5
 SIDES = {"msif": None, "plain loop": None, "kronfluence": "kronfluence", "bergson": "bergson"}
@@ -127,14 +127,14 @@ def agreement(reference: np.ndarray, other: np.ndarray) -> tuple[float, float]:
 
 def floors(setting: Setting) -> dict[str, float]:
     """Operations that the steps cannot do without, but for eigendecompositions, which are no matrix products."""
-    maps = models.tracked_maps(setting.size.model(), msif_side.CURVATURE)
-    needed = Operations(maps, setting.size.tokens, untracked=setting.size.hidden * inputs.VOCABULARY)
-    gradient = needed.bare + needed.outer
-    rotated = gradient + needed.rotation
+    model = setting.size.model()
+    work = Work(model, models.tracked_maps(model, msif_side.CURVATURE), setting.size.tokens)
+    gradient = work.linear() + work.gradients()
+    rotated = gradient + work.rotation()
     return {
-        "fit": setting.train * (needed.bare + needed.covariances + rotated),
-        "scores": setting.queries * (rotated + needed.unrotation)
-        + setting.train * (gradient + needed.products(setting.queries)),
+        "fit": setting.train * (work.linear() + work.covariance() + rotated),
+        "scores": setting.queries * (rotated + work.unrotation())
+        + setting.train * (gradient + 2.0 * work.tracked * setting.queries),
     }  # fmt: skip
 
 
@@ -169,7 +169,7 @@ def tabulate(
         f"{setting.queries} queries, batches of {setting.batch}; empirical Fisher, damping 0.1 of the mean "
         "eigenvalue. Scores include the queries' gradients. msif's index: 32,000-dimensional sketches to 1-bit codes; "
         f"bergson's: gradients projected to 16 x 16 a map (or whole), never whitened. Medians of {REPEATS} "
-        f"interleaved rounds. {FLOOR}: operations counted in benchmarks/operations.py, eigendecompositions left out, "
+        f"interleaved rounds. {FLOOR}: operations counted in msif_core/work.py, eigendecompositions left out, "
         f"at the matrix rate of the same rounds, {rate / 1e9:.0f} GFLOP/s."
     )
     columns = ["", *(part for step in steps for part in (f"{step}, ms a sequence", "times msif"))]
