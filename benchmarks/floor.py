@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import inputs, machine, tables
 from msif_core import models, scoring
-from msif_core.batching import batches
+from msif_core.batching import Sequences, batches
 from msif_core.capture import capture
 from msif_core.curvature import fit
 from msif_core.curvature.filters import Damped
@@ -32,31 +32,33 @@ BATCH_TOKENS = 2048
 BUDGET = 16.0
 """Gigabytes of statistics held together: every map in one pass."""
 SKETCH: Any = SimpleNamespace(dimensions=32_000, whitening="eigen", seed=0)
-BARE, RATE, WEIGHTS = "bare forward + backward", "matrix product", "sketch weights"
-Pass = tuple[Callable[[], object], float]
+BARE, RATE, ONCE = "bare forward + backward", "matrix product", "once: "
+Pass = tuple[Callable[[Sequences], object], float]
+"""What to call with sequences, and the operations that a sequence needs at least."""
 
 
 class Passes:
-    """Every pass at one size: what to call, and the operations that it needs at least, per call."""
+    """Every pass at one size."""
 
     def __init__(self, size: inputs.Size, device: str, dtype: torch.dtype, batch_tokens: int, curvature: Any) -> None:
         self.size = size
         model = models.freeze(size.model(device, dtype), tf32=tf32())
         maps = models.tracked_maps(model, curvature)
-        sequences = size.data()
+        self.sequences = size.data()
         factors: Any = inputs.random_factors(maps, device)
         sketcher = Sketcher(maps, factors, Damped(0.1), SKETCH, "causal_lm")
         queries = {m.name: torch.randn(size.queries, *m.shape, device=device) for m in maps}
         one = {name: v[:1] for name, v in queries.items()}
-        empty = sequences.take([])
         common: dict[str, Any] = {"task": "causal_lm", "seed": 0, "batch_tokens": batch_tokens}
 
-        def bare() -> None:
+        def bare(sequences: Sequences) -> None:
             for batch in batches(sequences, batch_tokens, device):
                 capture(model, [], batch, target_loss("causal_lm"), _unused)
 
-        def score(filtered: dict[str, torch.Tensor]) -> object:
-            return scoring.score_sequences(model, maps, filtered, sequences, batch_tokens, task="causal_lm")
+        def score(filtered: dict[str, torch.Tensor]) -> Callable[[Sequences], object]:
+            return lambda sequences: scoring.score_sequences(
+                model, maps, filtered, sequences, batch_tokens, task="causal_lm"
+            )
 
         work = Work(model, maps, size.tokens)
         bare_flops, formed = work.linear(), work.linear() + work.gradients()
@@ -64,19 +66,20 @@ class Passes:
         self.passes: dict[str, Pass] = {
             BARE: (bare, bare_flops),
             "covariances": (
-                lambda: fit.covariance_sums(model, maps, sequences, **common), bare_flops + work.covariance(),
+                lambda data: fit.covariance_sums(model, maps, data, **common), bare_flops + work.covariance(),
             ),
-            "eigenvalues": (lambda: fit.eigenvalue_sums(model, maps, factors, sequences, **common), rotated),
-            WEIGHTS: (lambda: sketcher.documents(model, empty, batch_tokens, BUDGET), 0.0),
+            "eigenvalues": (lambda data: fit.eigenvalue_sums(model, maps, factors, data, **common), rotated),
             "sketch": (
-                lambda: sketcher.documents(model, sequences, batch_tokens, BUDGET),
-                rotated + 4.0 * work.tracked,
+                lambda data: sketcher.documents(model, data, batch_tokens, BUDGET), rotated + 4.0 * work.tracked,
             ),
-            "exact scores, 1 query": (lambda: score(one), formed),
-            f"exact scores, {size.queries} queries": (
-                lambda: score(queries), formed + 2.0 * work.tracked * size.queries,
-            ),
+            "exact scores, 1 query": (score(one), formed),
+            f"exact scores, {size.queries} queries": (score(queries), formed + 2.0 * work.tracked * size.queries),
         }  # fmt: skip
+
+    def call(self, name: str, sequences: Sequences | None = None) -> Callable[[], object]:
+        """A pass over `sequences`, all of them by default."""
+        run, data = self.passes[name][0], self.sequences if sequences is None else sequences
+        return lambda: run(data)
 
 
 def tf32() -> bool:
@@ -92,33 +95,32 @@ def measure(label: str, passes: Passes, repeats: int, device: str, dtype: torch.
     """Time the passes and the matrix product in turns: one row a pass."""
     product, operations = machine.matrix_product(device, dtype)
     timed: dict[str, Callable[[], object]] = {RATE: lambda: [product() for _ in range(3)]}
-    timed |= {name: run for name, (run, _) in passes.passes.items()}
+    timed |= {name: passes.call(name) for name in passes.passes}
+    timed |= {ONCE + name: passes.call(name, passes.sequences.take([])) for name in passes.passes}
     times = machine.interleaved(timed, repeats, device)
     rate = 3 * operations / min(times[RATE])
-    took = machine.medians(times)
-    took["sketch"] -= took[WEIGHTS]
+    medians = machine.medians(times)
+    took = {name: medians[name] - medians[ONCE + name] for name in passes.passes}
     rows: list[list[tables.Cell]] = []
     for name, (_, flops) in passes.passes.items():
-        if name == WEIGHTS:
-            rows.append([name, took[name], None, None, None, None, None])
-            continue
         total = flops * passes.size.sequences
         achieved = total / took[name]
         ratios = [rate / achieved, took[name] / took[BARE], achieved / 1e12, achieved / rate]
-        rows.append([name, took[name], total / rate, *ratios])
+        rows.append([name, took[name], medians[ONCE + name], total / rate, *ratios])
     size = passes.size
     notes = [
         f"{size.sequences} sequences of {size.tokens} tokens, {str(dtype).removeprefix('torch.')}; matrix rate "
         f"{rate / 1e12:.3g} TFLOP/s in the same rounds (its best); medians of {repeats} interleaved rounds. "
-        "`sketch weights` is paid once a shard, and taken off the `sketch` row. Statistics are "
+        "`once` is what the pass takes without a sequence (sums are cleared, a sketch's weights formed): it is paid "
+        "once a part or shard, not counted in `seconds`. Statistics are "
         f"{'TF32' if tf32() else 'float32'} products, whatever the model's dtype."
     ]
-    columns = ["pass", "seconds", "floor, s", "times the floor", "times the bare pass", "TFLOP/s",
+    columns = ["pass", "seconds", "once, s", "floor, s", "times the floor", "times the bare pass", "TFLOP/s",
                "share of the matrix rate"]  # fmt: skip
     return tables.Table(f"Floor: {passes.tracked / 1e6:.1f} M tracked parameters ({label})", columns, rows, notes)
 
 
-def blocks(label: str, size: inputs.Size, device: str, dtype: torch.dtype, batch_tokens: int) -> tables.Table:
+def blocks(size: inputs.Size, device: str, dtype: torch.dtype, batch_tokens: int) -> tables.Table:
     """The passes with curvature in blocks, timed in turns, as multiples of their time with whole maps."""
     variants = {
         "whole maps": inputs.curvature("none"),
@@ -128,28 +130,28 @@ def blocks(label: str, size: inputs.Size, device: str, dtype: torch.dtype, batch
         "by head, block_size of half the hidden width": inputs.curvature("head", size.hidden // 2),
     }
     names = ("covariances", "eigenvalues", "sketch")
-    passes = {v: Passes(size, device, dtype, batch_tokens, settings).passes for v, settings in variants.items()}
-    timed = {f"{v}/{name}": passes[v][name][0] for v in variants for name in names}
+    passes = {v: Passes(size, device, dtype, batch_tokens, settings) for v, settings in variants.items()}
+    timed = {f"{v}/{name}": passes[v].call(name) for v in variants for name in names}
     took = machine.medians(machine.interleaved(timed, REPEATS, device))
     whole = next(iter(variants))
     rows: list[list[tables.Cell]] = []
     for v in variants:
         times = [took[f"{v}/{name}"] / took[f"{whole}/{name}"] for name in names]
-        counts = [passes[v][name][1] / passes[whole][name][1] for name in names]
+        counts = [passes[v].passes[name][1] / passes[whole].passes[name][1] for name in names]
         rows.append([v, *times, *counts])
     columns = ["curvature", *names, *(f"operations of {name}" for name in names)]
-    note = "Relative to whole maps; `sketch` with its weights, which are paid once a shard."
-    return tables.Table(f"Blocks of the curvature: {label}", columns, rows, [note])
+    note = "Relative to whole maps, what is paid once included."
+    return tables.Table(f"Blocks of the curvature: width {size.hidden}", columns, rows, [note])
 
 
 def profile(passes: Passes, device: str) -> tables.Table:
     """Where the time of the heaviest passes goes: share of each operator's own time."""
     activity = torch.profiler.ProfilerActivity
     rows: list[list[tables.Cell]] = []
-    for name in ("covariances", "eigenvalues", "sketch", f"exact scores, {passes.size.queries} queries"):
+    for name in ("eigenvalues", "sketch", f"exact scores, {passes.size.queries} queries"):
         kinds = [activity.CPU] if device == "cpu" else [activity.CPU, activity.CUDA]
         with torch.profiler.profile(activities=kinds) as run:
-            passes.passes[name][0]()
+            passes.call(name)()
         key = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
         events = sorted(run.key_averages(), key=lambda e: -getattr(e, key))
         total = sum(getattr(e, key) for e in events)
@@ -170,19 +172,17 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, help="sequences at each size")
     parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS)
     options = parser.parse_args()
-    sizes = inputs.QUICK if options.quick else inputs.SIZES
     changes = {key: value for key in ("tokens", "sequences") if (value := getattr(options, key))}
     dtype = getattr(torch, options.dtype)
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
-    found = []
+    small, sizes = inputs.SIZES["3 M"], {label: inputs.SIZES[label] for label in ("10 M", "100 M")}
+    if options.quick:
+        (small,) = (sizes := inputs.QUICK).values()
+    blocked = replace(small, **{"sequences": 16, **changes}, queries=1)
+    found = [blocks(blocked, options.device, dtype, options.batch_tokens)]
     for label, size in sizes.items():
         passes = Passes(replace(size, **changes), options.device, dtype, options.batch_tokens, inputs.curvature())
-        found.append(measure(label, passes, REPEATS, options.device, dtype))
-        if label != "3 M":
-            found.append(profile(passes, options.device))
-        if label == next(iter(sizes)):
-            blocked = replace(size, **{"sequences": 16, **changes}, queries=1)
-            found.append(blocks(label, blocked, options.device, dtype, options.batch_tokens))
+        found += [measure(label, passes, REPEATS, options.device, dtype), profile(passes, options.device)]
         tables.save(options.out / "floor.json", found)
     print("\n".join(table.markdown() for table in found))
 

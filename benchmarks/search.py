@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import faiss
@@ -29,14 +30,16 @@ from msif_core.config import IndexSettings
 from msif_core.evaluation.recall import recall_at_k
 from msif_core.pipeline import Pipeline
 
-COUNTS = {"100,000": 100_000, "1,000,000": 1_000_000}
-QUICK = {"10,000": 10_000}
-SHARDS, CHUNK, MIXED = 8, 1024, 64
+COUNTS = (100_000, 1_000_000)
+QUICK = (10_000,)
+SHARD, MIXED = 12_500, 16
+"""Vectors of a shard, and how many are mixed and encoded at a time: what the cache holds."""
 KEPT = 500
 SEARCHES = 60
 FEW = 20
 """Searches of the ten million codes."""
 FloatArray = npt.NDArray[np.float32]
+CodeArray = npt.NDArray[np.uint8]
 
 
 class Real:
@@ -66,27 +69,25 @@ class Resampled:
         self.weights = np.stack([np.cos(angle), np.sin(angle) * rng.choice([-1, 1], count)]).astype(np.float32)
         self._real = real
 
-    def vectors(self, start: int, stop: int) -> FloatArray:
-        """Rows start to stop, mixed a few at a time: what the cache holds."""
-        phi, mixed = torch.from_numpy(self._real.phi), torch.empty(stop - start, self._real.phi.shape[1])
+    def vectors(self, start: int, stop: int) -> Iterator[torch.Tensor]:
+        """Rows start to stop, a few at a time."""
+        phi = torch.from_numpy(self._real.phi)
         pairs, weights = torch.from_numpy(self.pairs), torch.from_numpy(self.weights)[..., None]
         for row in range(start, stop, MIXED):
             part = slice(row, min(row + MIXED, stop))
             (first, second), (w1, w2) = pairs[:, part], weights[:, part]
-            torch.addcmul(phi[first] * w1, phi[second], w2, out=mixed[row - start : part.stop - start])
-        return mixed.numpy()
+            yield torch.addcmul(phi[first] * w1, phi[second], w2)
 
-    def exact(self) -> FloatArray:
-        """Exact scores [Q, count]."""
-        first, second = self.pairs
-        scores = self._real.scores
-        return scores[:, first] * self.weights[0] + scores[:, second] * self.weights[1]
+    def exact(self, count: int) -> FloatArray:
+        """Exact scores of the first rows [Q, count]."""
+        (first, second), (w1, w2), scores = self.pairs[:, :count], self.weights[:, :count], self._real.scores
+        return scores[:, first] * w1 + scores[:, second] * w2
 
 
 def likeness(real: Real) -> tables.Table:
     """How close the resampled vectors come to the real ones."""
     made = Resampled(real, len(real.phi), seed=1)
-    vectors = np.concatenate([made.vectors(i, min(i + CHUNK, len(real.phi))) for i in range(0, len(real.phi), CHUNK)])
+    vectors = torch.cat(list(made.vectors(0, len(real.phi)))).numpy()
 
     def row(name: str, phi: FloatArray, scores: FloatArray) -> list[tables.Cell]:
         norms = np.linalg.norm(phi, axis=1)
@@ -100,33 +101,53 @@ def likeness(real: Real) -> tables.Table:
 
     columns = ["", "median norm", "relative spread of norms", "share of the 10 leading directions",
                "kurtosis of exact scores", "their 99.9% quantile, standard deviations"]  # fmt: skip
-    rows = [row("real", real.phi, real.scores), row("resampled", vectors, made.exact())]
+    rows = [row("real", real.phi, real.scores), row("resampled", vectors, made.exact(len(real.phi)))]
     return tables.Table("Search: resampled sketches beside the real ones", columns, rows)
 
 
+def encode(phi: torch.Tensor, centre: torch.Tensor) -> CodeArray:
+    """One-bit RaBitQ codes of phi [n, d] for inner products: FAISS's, whose own encoder takes several times as long.
+
+    The signs of o = phi - centre, least bit first; then as float32 |o|^2 - |phi|^2 and |o|^2 sqrt(d) / |o|_1.
+    """
+    o = phi - centre
+    squares = o.square().sum(1)
+    factors = torch.stack([squares - phi.square().sum(1), squares * phi.shape[1] ** 0.5 / o.abs().sum(1)], dim=1)
+    signs = np.packbits((o > 0).numpy(), axis=1, bitorder="little")
+    return np.concatenate([signs, factors.numpy().view(np.uint8)], axis=1)
+
+
+def check_codes(trained: Path, phi: torch.Tensor, centre: torch.Tensor) -> None:
+    """That `encode` gives the codes of FAISS, but for the rounding of their two factors: sums of squares."""
+    ours, theirs = encode(phi, centre), index.encode(trained, phi.numpy())
+    assert np.array_equal(ours[:, :-8], theirs[:, :-8]), "other signs than FAISS"
+    factors = [np.ascontiguousarray(codes[:, -8:]).view(np.float32) for codes in (ours, theirs)]
+    np.testing.assert_allclose(*factors, rtol=1e-5, atol=1e-5 * float(phi.square().sum(1).max()))
+
+
 def write_shards(made: Resampled, count: int, sample: FloatArray, folder: Path) -> list[Path]:
-    """RaBitQ codes of the resampled vectors in `SHARDS` files, kept between runs."""
-    paths = [folder / f"{count}-{shard}.faiss" for shard in range(SHARDS)]
+    """RaBitQ codes of the first `count` resampled vectors, in shards that are kept between runs."""
     folder.mkdir(parents=True, exist_ok=True)
     trained = folder / "trained.faiss"
     index.train(sample, IndexSettings(kind="rabitq"), count, trained)
-    bounds = np.linspace(0, count, SHARDS + 1).astype(int)
-    for path, first, last in zip(paths, bounds, bounds[1:], strict=False):
-        if path.exists():
-            continue
-        codes = faiss.read_index(str(trained))
-        for start in range(first, last, CHUNK):
-            stop = min(start + CHUNK, last)
-            codes.add_with_ids(made.vectors(start, stop), np.arange(start, stop))
-        temporary = path.with_suffix(".tmp")
-        faiss.write_index(codes, str(temporary))
-        temporary.rename(path)
+    empty = faiss.read_index(str(trained))
+    centre = torch.from_numpy(faiss.vector_to_array(faiss.downcast_index(empty.index).center))
+    check_codes(trained, next(made.vectors(0, MIXED)), centre)
+    paths = []
+    for start in range(0, count, SHARD):
+        ids = np.arange(start, min(start + SHARD, count))
+        paths.append(folder / f"{start}-{len(ids)}.faiss")
+        if not paths[-1].exists():
+            rows = np.concatenate([encode(phi, centre) for phi in made.vectors(start, start + len(ids))])
+            temporary = paths[-1].with_suffix(".tmp")
+            index.write_shard(trained, rows, ids, temporary)
+            temporary.rename(paths[-1])
     return paths
 
 
-def timed(paths: list[Path], psi: FloatArray, query_bits: int, searches: int = SEARCHES) -> dict[str, object]:
+def timed(paths: list[Path], psi: FloatArray, searches: int = SEARCHES) -> dict[str, object]:
     """p50 and p99 of single searches, resident and mapped memory, of a process that does nothing else."""
-    request = {"paths": [str(p) for p in paths], "query_bits": query_bits, "searches": searches}
+    request = {"paths": [str(p) for p in paths], "searches": searches}
     np.save(paths[0].parent / "psi.npy", psi)
     command = [sys.executable, "-m", "benchmarks.search", "--search", json.dumps(request)]
     answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -137,9 +158,8 @@ def search_process(request: dict[str, object]) -> None:
     """The process that `timed` starts."""
     paths = [Path(str(p)) for p in request["paths"]]  # type: ignore[attr-defined]
     psi = np.load(paths[0].parent / "psi.npy")
-    settings = IndexSettings(kind="rabitq", query_bits=int(str(request["query_bits"])))
     opened = time.perf_counter()
-    found = index.Index(paths, settings)
+    found = index.Index(paths, IndexSettings(kind="rabitq"))
     opened = time.perf_counter() - opened
     first = time.perf_counter()
     found.search(psi[:1], KEPT)
@@ -156,26 +176,22 @@ def search_process(request: dict[str, object]) -> None:
     }))  # fmt: skip
 
 
-def measure(real: Real, counts: dict[str, int], folder: Path) -> tables.Table:
-    """One row for each count and query precision."""
+def measure(real: Real, counts: Sequence[int], folder: Path) -> tables.Table:
+    """One row for each count; the fewer are the first of the more."""
+    made, settings = Resampled(real, max(counts)), IndexSettings(kind="rabitq")
     rows: list[list[tables.Cell]] = []
-    for label, count in counts.items():
-        made = Resampled(real, count)
+    for count in counts:
         paths = write_shards(made, count, real.phi[:512], folder)
-        exact = made.exact()
-        for bits in (3, 4):
-            settings = IndexSettings(kind="rabitq", query_bits=bits)
-            _, ids = index.Index(paths, settings).search(real.psi, KEPT)
-            recall = recall_at_k(exact, np.arange(count), ids, 10)
-            rows.append([label, bits, *_cells(timed(paths, real.psi, bits)), recall])
+        _, ids = index.Index(paths, settings).search(real.psi, KEPT)
+        recall = recall_at_k(made.exact(count), np.arange(count), ids, 10)
+        rows.append([f"{count:,}", *_cells(timed(paths, real.psi)), recall])
     note = (
-        f"RaBitQ at one bit, {real.phi.shape[1]:,} dimensions, {SHARDS} memory-mapped shards, {len(real.psi)} real "
-        f"queries, the best {KEPT} kept; {SEARCHES} single searches on {faiss.omp_get_max_threads()} threads after a "
-        "first one. Recall: exact top ten found among those kept. The peak counts mapped pages of codes; `anonymous` "
-        "does not."
+        f"RaBitQ at one bit, {real.phi.shape[1]:,} dimensions, memory-mapped shards of {SHARD:,}, {len(real.psi)} real "
+        f"queries in {settings.query_bits} bits, the best {KEPT} kept; {SEARCHES} single searches on "
+        f"{faiss.omp_get_max_threads()} threads after a first one. Recall: exact top ten found among those kept. The "
+        "peak counts mapped pages of codes; `anonymous` does not."
     )
-    columns = ["vectors", "query bits", *COLUMNS, f"recall@10 in {KEPT}"]
-    return tables.Table("Search: time of a query", columns, rows, [note])
+    return tables.Table("Search: time of a query", ["vectors", *COLUMNS, f"recall@10 in {KEPT}"], rows, [note])
 
 
 COLUMNS = ["p50, ms", "p99, ms", "open, ms", "first search, ms", "bytes a sequence", "peak GiB", "anonymous GiB"]
@@ -214,12 +230,12 @@ def ten_million(folder: Path, dimensions: int, count: int = 10_000_000) -> table
         mapped.construct_rev_map()
         faiss.write_index(mapped, str(path))
     psi = rng.standard_normal((FEW, dimensions), dtype=np.float32)
-    rows: list[list[tables.Cell]] = [[f"{count:,}", 4, *_cells(timed(paths, psi, 4, FEW))]]
+    rows: list[list[tables.Cell]] = [[f"{count:,}", *_cells(timed(paths, psi, FEW))]]
     note = (
         f"{dimensions:,} dimensions, {FEW} single searches on {faiss.omp_get_max_threads()} threads after a first one. "
         "Codes that exceed the memory are read from the disk every time."
     )
-    return tables.Table("Search: random codes, for timing alone", ["vectors", "query bits", *COLUMNS], rows, [note])
+    return tables.Table("Search: random codes, for timing alone", ["vectors", *COLUMNS], rows, [note])
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ def build(folder: Path, quick: bool, candidates: int = 500) -> Pipeline:
     config = Config.model_validate({
         "workspace": folder, "stages": stages, "queries": str(DATA / "queries.jsonl"),
         "corpus": {"max_length": 128, "shard_sequences": 64 if quick else 256}, "curvature": {"max_sequences": 1024},
-        "sketch": {"dimensions": DIMENSIONS}, "index": {"kind": "rabitq", "query_bits": 4},
+        "sketch": {"dimensions": DIMENSIONS}, "index": {"kind": "rabitq"},
         "retrieval": {"rerank_min": candidates, "rerank_max": candidates, "candidates": "gradient"},
     })  # fmt: skip
     train_stages(config, architecture=Architecture(hidden=48 if quick else 96, layers=2 if quick else 4, heads=4))

@@ -141,7 +141,7 @@ class IndexSettings(Settings):
     )
     bits: int = Field(1, ge=1, le=9, description="Bits per dimension of a RaBitQ code.")
     query_bits: int = Field(
-        4, ge=0, le=8, description="Bits of the query in RaBitQ (docs/performance.md); 0 is exact and slow."
+        3, ge=0, le=8, description="Bits of the query in RaBitQ (docs/performance.md); 0 is exact and slow."
     )
     recall_queries: int = Field(60, ge=0, description="Held-out queries that measure recall at a build.")
     recall_sample: int = Field(20_000, ge=1, description="Sequences scored exactly to measure recall.")

@@ -45,7 +45,7 @@ class Setting:
     batch: int = 16
 
 
-FULL = Setting(inputs.Size(hidden=256, layers=4, heads=4, sequences=0, queries=0), train=32, queries=8)
+FULL = Setting(inputs.SIZES["3 M"], train=32, queries=8)
 QUICK = Setting(inputs.Size(hidden=64, layers=2, heads=2, sequences=0, queries=0), train=64, queries=16)
 
 
@@ -70,14 +70,18 @@ def write_case(folder: Path, setting: Setting) -> Case:
 
 def start(case: Case, notes: list[str]) -> dict[str, Side]:
     """The sides that can run here; why another cannot goes into `notes`."""
-    found = {}
+    started: dict[str, Side] = {}
     for name, environment in SIDES.items():
         python = Path(sys.executable) if environment is None else ENVIRONMENTS / environment / "bin" / "python"
         if not python.exists():
             notes.append(f"{name}: left out, no environment {python.parent.parent} (benchmarks/peers/install.sh).")
             continue
+        started[name] = Side(python, f"benchmarks.peers.{MODULES[name]}", case)
+    found = {}
+    for name, side in started.items():
         try:
-            found[name] = Side(python, f"benchmarks.peers.{MODULES[name]}", case)
+            side.load()
+            found[name] = side
         except RuntimeError as error:
             notes.append(f"{name}: left out: {error}.")
     return found
@@ -186,10 +190,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--size", choices=inputs.SIZES, default="3 M", help="tracked parameters of the model")
     parser.add_argument("--train", type=int, help="sequences that are fitted, scored and indexed")
     parser.add_argument("--queries", type=int)
     options = parser.parse_args()
-    setting = QUICK if options.quick else FULL
+    setting = QUICK if options.quick else replace(FULL, size=inputs.SIZES[options.size])
     changes = {key: value for key in ("train", "queries") if (value := getattr(options, key))}
     setting = replace(setting, **changes)
     notes: list[str] = []

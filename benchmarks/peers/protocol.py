@@ -86,7 +86,15 @@ class Side:
             [str(python), "-m", module, str(case.folder.resolve())],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment,
         )  # fmt: skip
-        self.steps: list[str] = self._answer()["steps"]
+        self.steps: list[str] = []
+
+    def load(self) -> None:
+        """Wait until the process has loaded all that it needs, and learn its steps.
+
+        Raises:
+            RuntimeError: it ended instead.
+        """
+        self.steps = self._answer()["steps"]
 
     def run(self, step: str) -> dict[str, Any]:
         """Run a step.
