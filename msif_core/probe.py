@@ -13,6 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,8 +35,11 @@ LONGEST = 30.0
 """Seconds that a probe may take; what would take longer is counted in operations."""
 SHARE_OF_MEMORY = 0.2
 """Of the machine's memory that a probe may take."""
-REPEATS = 2
-"""Runs of each pass after one to warm up; their mean counts: so will the real runs' be."""
+ROUNDS = 3
+"""Rounds of all runs after one to warm up, so that a machine that slows down does so for all of them."""
+
+Passes = dict[str, Callable[[int], object]]
+"""The passes over some sequences, each a function of the round."""
 
 
 @dataclass(frozen=True)
@@ -59,18 +63,18 @@ def affordable(operations: float, entries: int, rate: float) -> bool:
 def measure(config: Config, stage: Stage, model: Any, tokens: int, device: str) -> dict[str, PassTime]:
     """Time of covariances, eigenvalues, sketches and scores of one query, for all layers of the meta `model`."""
     many = max(2, config.compute.batch_tokens // tokens)
-    found: dict[tuple[int, int], dict[str, float]] = {}
-    for layers in (1, 2):
-        small = _shallow(model, layers).to(device, getattr(torch, config.compute.dtype))
-        for count in (1, many):
-            found[layers, count] = _time_passes(config, stage, small, _data(small, stage, count, tokens))
+    with ExitStack() as folders:
+        runs: dict[tuple[int, int], Passes] = {}
+        for layers in (1, 2):
+            small = _shallow(model, layers).to(device, getattr(torch, config.compute.dtype))
+            for count in (1, many):
+                folder = Path(folders.enter_context(TemporaryDirectory()))
+                runs[layers, count] = _passes(config, stage, small, _data(small, stage, count, tokens), folder)
+        found = {name: _median_seconds({key: own[name] for key, own in runs.items()}) for name in runs[1, 1]}
     depth = int(model.config.num_hidden_layers)
     result = {}
-    for name in found[1, 1]:
-        few, batch = (
-            found[1, count][name] + (depth - 1) * max(0.0, found[2, count][name] - found[1, count][name])
-            for count in (1, many)
-        )
+    for name, took in found.items():
+        few, batch = (took[1, count] + (depth - 1) * max(0.0, took[2, count] - took[1, count]) for count in (1, many))
         each = max(0.0, batch - few) / (many - 1)
         result[name] = PassTime(max(0.0, few - each), each)
     return result
@@ -93,35 +97,32 @@ def _data(model: Any, stage: Stage, count: int, tokens: int) -> Sequences:
     return Sequences(list(ids), list(labels), marks, [str(i) for i in range(count)], np.arange(count))
 
 
-def _time_passes(config: Config, stage: Stage, model: nn.Module, sequences: Sequences) -> dict[str, float]:
+def _passes(config: Config, stage: Stage, model: nn.Module, sequences: Sequences, folder: Path) -> Passes:
     maps = models.tracked_maps(model, config.curvature)
     batch, budget = config.compute.batch_tokens, config.curvature.memory_budget_gb
     device = next(model.parameters()).device
     query = {m.name: torch.randn(1, *m.shape, device=device) for m in maps}
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        factors = _random_factors(folder, maps, str(device))
-        sketcher = Sketcher(maps, factors, Damped(0.1), config.sketch, stage.task)
+    factors = _random_factors(folder, maps, str(device))
+    sketcher = Sketcher(maps, factors, Damped(0.1), config.sketch, stage.task)
 
-        def fit(turn: int) -> Fit:  # a folder of its own: what stands is not built again
-            return Fit(model, maps, folder / str(turn), stage.task, 0, batch, budget)
+    def fit(turn: int) -> Fit:  # a folder of its own: what stands is not built again
+        return Fit(model, maps, folder / str(turn), stage.task, 0, batch, budget)
 
-        def corrected(turn: int) -> None:
-            for m in maps:
-                for file in (input_file(m.input_group), bases_file(m.name)):
-                    (folder / str(turn) / file).parent.mkdir(parents=True, exist_ok=True)
-                    if not (folder / str(turn) / file).exists():
-                        (folder / str(turn) / file).symlink_to(folder / file)
-            fit(turn).eigenvalues(0, sequences)
-            fit(turn).finish(1)
+    def corrected(turn: int) -> None:
+        for m in maps:
+            for file in (input_file(m.input_group), bases_file(m.name)):
+                (folder / str(turn) / file).parent.mkdir(parents=True, exist_ok=True)
+                if not (folder / str(turn) / file).exists():
+                    (folder / str(turn) / file).symlink_to(folder / file)
+        fit(turn).eigenvalues(0, sequences)
+        fit(turn).finish(1)
 
-        passes: dict[str, Callable[[int], object]] = {
-            "covariances": lambda turn: fit(turn).covariances(0, sequences),
-            "eigenvalues": corrected,
-            "sketches": lambda _: sketcher.documents(model, sequences, batch, budget),
-            "scores": lambda _: scoring.score_sequences(model, maps, query, sequences, batch, task=stage.task),
-        }
-        return {name: _mean_seconds(run, device) for name, run in passes.items()}
+    return {
+        "covariances": lambda turn: fit(turn).covariances(0, sequences),
+        "eigenvalues": corrected,
+        "sketches": lambda _: sketcher.documents(model, sequences, batch, budget),
+        "scores": lambda _: scoring.score_sequences(model, maps, query, sequences, batch, task=stage.task),
+    }
 
 
 def _random_factors(folder: Path, maps: list[models.TrackedMap], device: str) -> Factors:
@@ -141,12 +142,14 @@ def _random_factors(folder: Path, maps: list[models.TrackedMap], device: str) ->
     return Factors(folder, {"maps": files, "mean_targets": 1.0, "sequences": 1}, device, None)
 
 
-def _mean_seconds(run: Callable[[int], object], device: torch.device) -> float:
-    times = []
-    for turn in range(1 + REPEATS):
-        started = time.perf_counter()
-        run(turn)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return statistics.mean(times[1:])
+def _median_seconds(runs: dict[tuple[int, int], Callable[[int], object]]) -> dict[tuple[int, int], float]:
+    """Of each run, in rounds of all of them."""
+    times: dict[tuple[int, int], list[float]] = {key: [] for key in runs}
+    for turn in range(1 + ROUNDS):
+        for key, run in runs.items():
+            started = time.perf_counter()
+            run(turn)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[key].append(time.perf_counter() - started)
+    return {key: statistics.median(took[1:]) for key, took in times.items()}

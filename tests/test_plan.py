@@ -130,11 +130,15 @@ def test_memory_follows_the_budget_and_the_batch(tmp_path: Path) -> None:
 def test_two_layers_and_two_batches_give_the_time_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes of 1 + 2 layers + sequences (3 + 4 layers) seconds, exactly."""
 
-    def timed(_config: object, _stage: object, model: Any, sequences: Any) -> dict[str, float]:
-        layers = len(model.gpt_neox.layers)
-        return {"covariances": 1 + 2 * layers + len(sequences) * (3 + 4 * layers)}
+    clock = [0.0]
 
-    monkeypatch.setattr(probe, "_time_passes", timed)
+    def passes(_config: object, _stage: object, model: Any, sequences: Any, _folder: Path) -> probe.Passes:
+        layers = len(model.gpt_neox.layers)
+        took = 1 + 2 * layers + len(sequences) * (3 + 4 * layers)
+        return {"covariances": lambda _: clock.append(clock[-1] + took)}
+
+    monkeypatch.setattr(probe, "_passes", passes)
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: clock[-1])
     settings = CONFIGS["gpt_neox"]()
     settings.num_hidden_layers = 6
     model = transformers.AutoModelForCausalLM.from_config(settings)
