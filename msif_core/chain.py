@@ -36,6 +36,10 @@ class StageCurvature(Protocol):
     def __getitem__(self, name: str) -> MapCurvature: ...
 
 
+Link = tuple[torch.Tensor, MapCurvature]
+"""A stage's curvature of one map, and before it the filter's values at its eigenvalues."""
+
+
 @dataclass(frozen=True)
 class FilteredStage:
     """A stage of the chain: its curvature and its filter."""
@@ -60,12 +64,11 @@ class Chain:
 
         None where the map has no parent in a lower stage (a new head): it drops out of the score.
         """
-        passed = self.passed(name, V, rotated=rotated)
-        if passed is None:
+        links = self._links(name, V)
+        if links is None:
             return None
-        stage = self.stages[self.attributed]
-        curvature = stage.curvature[name]
-        return curvature.unrotate(passed * stage.filter.attributed(curvature.eigenvalues))
+        f, curvature = links[0]
+        return curvature.unrotate(_passed(links, V, rotated=rotated) * f)
 
     def filter_all(
         self, gradients: MutableMapping[str, torch.Tensor], *, rotated: bool = False
@@ -82,26 +85,33 @@ class Chain:
 
         <filter(v), V> = <v, filter_back(V)>, as every filter is symmetric; None for a map that drops out.
         """
-        stages = self.stages[self.attributed :]
-        if not all(_has(stage, name, V) for stage in stages):
+        links = self._links(name, V)
+        if links is None:
             return None
-        for stage in stages:
-            curvature = stage.curvature[name]
-            function = stage.filter.attributed if stage is stages[0] else stage.filter.passing
-            V = curvature.unrotate(curvature.rotate(V) * function(curvature.eigenvalues))
+        for f, curvature in links:
+            V = curvature.unrotate(curvature.rotate(V) * f)
         return V
 
     def passed(self, name: str, V: torch.Tensor, *, rotated: bool = False) -> torch.Tensor | None:
         """V filtered by the stages above the attributed one, in the attributed stage's eigenbasis."""
-        stages = self.stages[self.attributed :]
-        if not all(_has(stage, name, V) for stage in stages):
-            return None
-        for stage in reversed(stages):
+        links = self._links(name, V)
+        return None if links is None else _passed(links, V, rotated=rotated)
+
+    def _links(self, name: str, V: torch.Tensor) -> list[Link] | None:
+        """The map's links, from the attributed stage up.
+
+        None where a stage has no such map, or one of another shape: a new head, not an error.
+        """
+        links: list[Link] = []
+        for stage in self.stages[self.attributed :]:
+            if name not in stage.curvature:
+                return None
             curvature = stage.curvature[name]
-            V = V if rotated and stage is stages[-1] else curvature.rotate(V)
-            if stage is not stages[0]:
-                V = curvature.unrotate(V * stage.filter.passing(curvature.eigenvalues))
-        return V
+            if curvature.eigenvalues.shape != V.shape[-3:]:
+                return None
+            function = stage.filter.passing if links else stage.filter.attributed
+            links.append((function(curvature.eigenvalues), curvature))
+        return links
 
     def levels(self, name: str) -> list[list[float]]:
         """The damping (or tau) that each stage uses for each block of a map, for the record."""
@@ -113,6 +123,10 @@ class Chain:
         return found
 
 
-def _has(stage: FilteredStage, name: str, V: torch.Tensor) -> bool:
-    """Whether the stage has that map in that shape; another shape is a new head, not an error."""
-    return name in stage.curvature and stage.curvature[name].eigenvalues.shape == V.shape[-3:]
+def _passed(links: list[Link], V: torch.Tensor, *, rotated: bool) -> torch.Tensor:
+    """V filtered from the last link down to the first one's eigenbasis; `rotated`: it is in the last one's."""
+    *above, (_, attributed) = reversed(links)
+    for f, curvature in above:
+        V = curvature.unrotate((V if rotated else curvature.rotate(V)) * f)
+        rotated = False
+    return V if rotated else attributed.rotate(V)

@@ -109,7 +109,17 @@ class Sketcher:
         eigen: f^(1/2). kronecker: its rank-one fit, row times column. none: 1, of the gradient as it is. Zero where
         f is.
         """
-        f = self.filter.attributed(self.factors[name].eigenvalues)
+        return self._whitening(self._f(name))
+
+    def query_weight(self, name: str) -> torch.Tensor:
+        """What is left of f for the query's side, [G, b, d_in]: the product of the two weights is f."""
+        f = self._f(name)
+        return torch.where(f > 0, f / self._whitening(f), 0)
+
+    def _f(self, name: str) -> torch.Tensor:
+        return self.filter.attributed(self.factors[name].eigenvalues)
+
+    def _whitening(self, f: torch.Tensor) -> torch.Tensor:
         if self.settings.whitening == "none":
             return (f > 0).to(f.dtype)
         root = f.sqrt()
@@ -119,11 +129,6 @@ class Sketcher:
         log = torch.where(f > 0, root, 1).log()
         fit = (log.mean(-1, keepdim=True) + log.mean(-2, keepdim=True) - log.mean((-2, -1), keepdim=True)).exp()
         return torch.where(f > 0, fit, 0)
-
-    def query_weight(self, name: str) -> torch.Tensor:
-        """What is left of f for the query's side, [G, b, d_in]: the product of the two weights is f."""
-        f = self.filter.attributed(self.factors[name].eigenvalues)
-        return torch.where(f > 0, f / self.document_weight(name), 0)
 
     def documents(self, model: nn.Module, sequences: Sequences, batch_tokens: int, budget_gb: float) -> FloatArray:
         """Phi of each sequence: float32 [N, dimensions].

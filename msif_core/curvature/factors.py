@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,20 @@ class MapFactors:
         return self.unrotate(self.rotate(V) * function(self.eigenvalues))
 
 
+class StoredFactors(MapFactors):
+    """Those of a map on disk: each tensor is read when it is first used, and kept with the object."""
+
+    def __init__(self, read: Callable[[str, str], torch.Tensor], files: dict[str, str]) -> None:
+        object.__setattr__(self, "_read", read)
+        object.__setattr__(self, "_files", files)
+
+    Q_A = cached_property(lambda self: self._read(self._files["input"], "Q_A"))
+    Q_S = cached_property(lambda self: self._read(self._files["bases"], "Q_S"))
+    eigenvalues = cached_property(lambda self: self._read(self._files["eigenvalues"], "eigenvalues"))
+
+
 class Factors:
-    """The factors of a stage in a folder. A map's tensors are read when it is asked for, and not kept."""
+    """The factors of a stage in a folder; nothing that was read of a map is kept here."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], device: str, dtype: torch.dtype | None) -> None:
         self.folder = folder
@@ -79,19 +92,13 @@ class Factors:
     def __contains__(self, name: str) -> bool:
         return name in self.maps
 
-    def __getitem__(self, name: str) -> MapFactors:
-        files = self.maps[name]
-        bases = self._read(files["bases"], ("Q_S",))
-        return MapFactors(
-            self._read(files["input"], ("Q_A",))[0],
-            bases[0],
-            self._read(files["eigenvalues"], ("eigenvalues",))[0],
-        )
+    def __getitem__(self, name: str) -> StoredFactors:
+        return StoredFactors(self._read, self.maps[name])
 
-    def _read(self, file: str, names: tuple[str, ...]) -> list[torch.Tensor]:
+    def _read(self, file: str, name: str) -> torch.Tensor:
         with safe_open(self.folder / file, framework="pt", device=self._device) as tensors:
-            found = [tensors.get_tensor(name) for name in names]
-        return [t.to(self._dtype) if self._dtype else t for t in found]
+            found: torch.Tensor = tensors.get_tensor(name)
+        return found.to(self._dtype) if self._dtype else found
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:

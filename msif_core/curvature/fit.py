@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -156,7 +156,7 @@ def finite_sequences(
 def eigenvalue_sums(
     model: nn.Module,
     maps: list[TrackedMap],
-    factors: dict[str, MapFactors],
+    factors: Mapping[str, MapFactors],
     sequences: Sequences,
     *,
     task: str,

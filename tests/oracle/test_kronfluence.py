@@ -32,6 +32,7 @@ pytestmark = [
 def scores_of(python: Path, module: str, case: Case) -> np.ndarray:
     """Fit and score in a process of that side; float64 [queries, documents]."""
     side = Side(python, f"benchmarks.peers.{module}", case)
+    side.load()
     try:
         side.run("fit")
         return np.load(side.run("scores")["matrix"]).astype(np.float64)
