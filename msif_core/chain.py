@@ -52,8 +52,8 @@ class FilteredStage:
 class Chain:
     """The stages in training order, seen from the one that is attributed to (METHOD section 2).
 
-    A query's gradient may be given `rotated`, in the last stage's eigenbasis: formed from rotated tokens it costs
-    less than rotating it.
+    A gradient may be given `rotated`, in the eigenbasis of the stage that is first to filter it: formed from rotated
+    tokens it costs less than rotating it.
     """
 
     stages: tuple[FilteredStage, ...]
@@ -80,16 +80,18 @@ class Chain:
         filtered = {name: self.filter(name, gradients.pop(name), rotated=rotated) for name in list(gradients)}
         return {name: V for name, V in filtered.items() if V is not None}
 
-    def filter_back(self, name: str, V: torch.Tensor) -> torch.Tensor | None:
+    def filter_back(self, name: str, V: torch.Tensor, *, rotated: bool = False) -> torch.Tensor | None:
         """The transpose of `filter`, for a document's gradient V [..., G, b, d_in]: filters s, and then s+1 .. K.
 
+        A `rotated` one is in the attributed stage's eigenbasis.
         <filter(v), V> = <v, filter_back(V)>, as every filter is symmetric; None for a map that drops out.
         """
         links = self._links(name, V)
         if links is None:
             return None
         for f, curvature in links:
-            V = curvature.unrotate(curvature.rotate(V) * f)
+            V = curvature.unrotate((V if rotated else curvature.rotate(V)) * f)
+            rotated = False
         return V
 
     def passed(self, name: str, V: torch.Tensor, *, rotated: bool = False) -> torch.Tensor | None:

@@ -75,9 +75,14 @@ def query_tokens(pipeline: Pipeline, asked: Sequences, documents: Sequences) -> 
     for rows, group in scoring.query_groups(pipeline.maps(target.name), len(documents), budget):
         some = documents.take(range(len(documents))[rows])
         gradients = scoring.query_gradients(
-            pipeline.model(target.name), group, some, pipeline.batch_tokens, task=target.task
+            pipeline.model(target.name),
+            group,
+            some,
+            pipeline.batch_tokens,
+            task=target.task,
+            factors=pipeline.factors(target.name),
         )
-        back = {name: V for name, v in gradients.items() if (V := chain.filter_back(name, v)) is not None}
+        back = {n: V for n, v in gradients.items() if (V := chain.filter_back(n, v, rotated=True)) is not None}
         if not back:
             continue
         parts = scoring.query_contributions(

@@ -363,10 +363,10 @@ def query_steps(config: Config, last: _Planned, target: _Planned, speed: Rates, 
     count = min(size.sequences, round(found) + settings.random_sample)
     shown = settings.top_k + max(1, settings.top_k // 4)
     stages = len(config.stages) - config.attributed_index
-    # The query's gradient, formed of rotated tokens, is filtered for its scores and their parts, and for its sketch
-    # up to the last basis; the shown documents' once, back.
-    filters = last.work.filtering(3 * stages - 2) + shown * work.filtering(stages)
-    products = 3 * last.work.rotation() + shown * work.gradients()
+    # Of rotations, two a stage, the first comes with the gradients, formed of rotated tokens. The query's is filtered
+    # for its scores and their parts, and for its sketch up to the last basis; the shown documents' once, back.
+    filters = (3 * (2 * stages - 1) - 1) * last.work.unrotation() + shown * (2 * stages - 1) * work.unrotation()
+    products = 3 * last.work.rotation() + shown * (work.gradients() + work.rotation())
     scored = count * query_sweeps(config, last.work, 1) + shown  # each sweep for some of the maps
     passes = 4 * last.work.forward_backward() + shown * work.forward_backward()
     scoring, dots = scored * work.forward_backward(), (count + shown) * work.gradients()

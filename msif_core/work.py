@@ -73,7 +73,3 @@ class Work:
     def unrotation(self) -> float:
         """One gradient out of the eigenbasis."""
         return 2.0 * sum(m.size * (m.pieces[1] + m.d_in) for m in self.maps)
-
-    def filtering(self, stages: int) -> float:
-        """One gradient through the filters of `stages` stages: there and back in each."""
-        return 2.0 * stages * self.unrotation()

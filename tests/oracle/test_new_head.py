@@ -97,6 +97,7 @@ def test_three_stages_of_any_filters_equal_matrix_functions(top: SpectralFilter,
     back = chain.filter_back("w", W)
     assert back is not None
     torch.testing.assert_close(found.flatten(1) @ W.flatten(1).mT, V.flatten(1) @ back.flatten(1).mT)
+    torch.testing.assert_close(chain.filter_back("w", factors[0].rotate(W), rotated=True), back)
     again = chain.filter("w", V)
     assert again is not None
     assert torch.equal(again, found)  # nothing is changed in place: the damping does not grow

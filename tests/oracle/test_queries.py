@@ -44,8 +44,9 @@ def test_scores_of_measurements_are_those_of_the_differences(architecture: str, 
     np.testing.assert_allclose(scores, dense_scores(combined, theirs, maps, stages, 0), rtol=1e-4, atol=1e-4)
 
     # The query's side: the same score, split over the tokens of the query's sequences.
-    gradients = scoring.query_gradients(built[0], maps, documents, 1000, task=task)
-    back = {n: V for n, v in gradients.items() if (V := chain.filter_back(n, v)) is not None}
+    bottom = stages[0][1]
+    gradients = scoring.query_gradients(built[0], maps, documents, 1000, task=task, factors=bottom)
+    back = {n: V for n, v in gradients.items() if (V := chain.filter_back(n, v, rotated=True)) is not None}
     parts = scoring.query_contributions(built[1], maps, back, asked, 20, task=task)
     assert [part.shape for part in parts] == [(4, len(ids)) for ids in asked.input_ids]
     totals = [sum(w * parts[row].sum(axis=1) for row, w in terms.items()) for terms in MEASUREMENTS]
