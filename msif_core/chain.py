@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import pairwise
+from typing import Protocol, Self
 
 import torch
 
@@ -25,6 +26,10 @@ class MapCurvature(Protocol):
 
     def unrotate(self, V: torch.Tensor) -> torch.Tensor:
         """Back from the eigenbasis."""
+        ...
+
+    def rebase(self, V: torch.Tensor, other: Self) -> torch.Tensor:
+        """V of this eigenbasis in that of another stage: `other.rotate(self.unrotate(V))`, or what equals it."""
         ...
 
 
@@ -89,10 +94,11 @@ class Chain:
         links = self._links(name, V)
         if links is None:
             return None
-        for f, curvature in links:
-            V = curvature.unrotate((V if rotated else curvature.rotate(V)) * f)
-            rotated = False
-        return V
+        V = V if rotated else links[0][1].rotate(V)
+        for (f, lower), (_, upper) in pairwise(links):
+            V = lower.rebase(V * f, upper)
+        f, last = links[-1]
+        return last.unrotate(V * f)
 
     def passed(self, name: str, V: torch.Tensor, *, rotated: bool = False) -> torch.Tensor | None:
         """V filtered by the stages above the attributed one, in the attributed stage's eigenbasis."""
@@ -127,8 +133,7 @@ class Chain:
 
 def _passed(links: list[Link], V: torch.Tensor, *, rotated: bool) -> torch.Tensor:
     """V filtered from the last link down to the first one's eigenbasis; `rotated`: it is in the last one's."""
-    *above, (_, attributed) = reversed(links)
-    for f, curvature in above:
-        V = curvature.unrotate((V if rotated else curvature.rotate(V)) * f)
-        rotated = False
-    return V if rotated else attributed.rotate(V)
+    V = V if rotated else links[-1][1].rotate(V)
+    for (f, upper), (_, lower) in pairwise(reversed(links)):
+        V = upper.rebase(V * f, lower)
+    return V

@@ -363,9 +363,10 @@ def query_steps(config: Config, last: _Planned, target: _Planned, speed: Rates, 
     count = min(size.sequences, round(found) + settings.random_sample)
     shown = settings.top_k + max(1, settings.top_k // 4)
     stages = len(config.stages) - config.attributed_index
-    # Of rotations, two a stage, the first comes with the gradients, formed of rotated tokens. The query's is filtered
-    # for its scores and their parts, and for its sketch up to the last basis; the shown documents' once, back.
-    filters = (3 * (2 * stages - 1) - 1) * last.work.unrotation() + shown * (2 * stages - 1) * work.unrotation()
+    # The query's gradient is filtered for its scores and their parts, and for its sketch up to the last basis; the
+    # shown documents' once, back. Of the rotations, two a stage, the first comes with the gradients, formed of rotated
+    # tokens, and many gradients take one from stage to stage.
+    filters = (3 * (2 * stages - 1) - 1) * last.work.unrotation() + shown * stages * work.unrotation()
     products = 3 * last.work.rotation() + shown * (work.gradients() + work.rotation())
     scored = count * query_sweeps(config, last.work, 1) + shown  # each sweep for some of the maps
     passes = 4 * last.work.forward_backward() + shown * work.forward_backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -42,6 +43,9 @@ class Scaled:
     def unrotate(self, V: torch.Tensor) -> torch.Tensor:
         return self.after * self.inner.unrotate(V)
 
+    def rebase(self, V: torch.Tensor, other: Self) -> torch.Tensor:
+        return other.rotate(self.unrotate(V))
+
 
 @dataclass(frozen=True)
 class Diagonal:
@@ -53,6 +57,9 @@ class Diagonal:
         return V
 
     def unrotate(self, V: torch.Tensor) -> torch.Tensor:
+        return V
+
+    def rebase(self, V: torch.Tensor, other: Self) -> torch.Tensor:
         return V
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
@@ -44,6 +44,13 @@ class MapFactors:
     def unrotate(self, V: torch.Tensor) -> torch.Tensor:
         """Back from the eigenbasis: Q_S V Q_A^T."""
         return rotate_gradient(V, self.Q_S.mT, self.Q_A.mT)
+
+    def rebase(self, V: torch.Tensor, other: Self) -> torch.Tensor:
+        """V of this eigenbasis in that of another stage: one turn by Q^T Q' where that is cheaper than two."""
+        (pieces, p), d_in = self.Q_S.shape[:2], len(self.Q_A)
+        if V.numel() * (p + d_in) <= d_in**3 + pieces * p**3:
+            return other.rotate(self.unrotate(V))
+        return rotate_gradient(V, self.Q_S.mT @ other.Q_S, self.Q_A.mT @ other.Q_A)
 
     def apply(self, V: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """f(H) V for a function of the eigenvalues; V [..., G, b, d_in]."""

@@ -110,6 +110,18 @@ def test_three_stages_of_any_filters_equal_matrix_functions(top: SpectralFilter,
             assert not torch.allclose(found[:, g].flatten(1), swapped, rtol=1e-3)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_between_two_eigenbases_one_turn_is_as_good_as_two(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single square gradient takes two, more of them the product of the bases."""
+    first, second = (random_factors(seed, (1, 4, 4)) for seed in range(2))
+    V = torch.randn(count, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    expected = second.Q_S[0].mT @ first.Q_S[0] @ V @ first.Q_A.mT @ second.Q_A
+    turned, unrotate = [], MapFactors.unrotate
+    monkeypatch.setattr(MapFactors, "unrotate", lambda self, V: turned.append(V) or unrotate(self, V))
+    torch.testing.assert_close(first.rebase(V, second), expected)
+    assert len(turned) == (1 if count == 1 else 0)
+
+
 def test_a_map_missing_in_any_lower_stage_drops_out() -> None:
     f = random_factors(0)
     stages: list[dict[str, Any]] = [{"w": f, "v": f}, {"w": f}, {"w": f, "v": f, "head": f}]

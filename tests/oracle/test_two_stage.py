@@ -23,6 +23,9 @@ class DenseMap:
     def unrotate(self, V):
         return V @ self.Q.T
 
+    def rebase(self, V, other):
+        return other.rotate(self.unrotate(V))
+
 
 def data(seed, count):
     generator = torch.Generator().manual_seed(seed)
