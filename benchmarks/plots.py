@@ -32,9 +32,8 @@ def draw(found: Sequence[Table], folder: Path) -> list[Path]:
         groups = {str(r[0]): {s: r[i] for s, i in zip(steps, at, strict=True)} for r in table.rows}
         drawn.append(_bars(groups, "times msif", folder / "peers.png", 1.0))
     for table in searches:
-        bits = sorted({str(row[1]) for row in table.rows})
-        groups = {f"{b} query bits": {str(r[0]): r[2] for r in table.rows if str(r[1]) == b} for b in bits}
-        drawn.append(_bars(groups, "p50 of a query, ms", folder / "search.png", None))
+        groups = {name: _column(table, f"{name}, ms") for name in ("p50", "p99")}
+        drawn.append(_bars(groups, "ms a query", folder / "search.png", None))
     return drawn
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from msif_core import storage
 from msif_core.batching import Sequences, batches
+from msif_core.chain import Chain, FilteredStage
 from msif_core.config import CurvatureSettings
 from msif_core.curvature import fit
 from msif_core.curvature.factors import Factors, MapFactors
@@ -138,6 +139,20 @@ def test_shared_inputs_are_stored_once(maps: list[TrackedMap], whole: Factors) -
     assert len(list(whole.folder.glob("*.input.safetensors"))) == len(files) < len(maps)
     sums = load_file(whole.folder / "partial-1GB" / "covariance-00000-000.safetensors")
     assert sum(key.startswith("A/") for key in sums) == len(files)
+
+
+def test_a_maps_tensors_are_read_when_first_used_and_once(
+    maps: list[TrackedMap], whole: Factors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    reader = whole._read
+    monkeypatch.setattr(whole, "_read", lambda file, name: read.append(name) or reader(file, name))
+    chain = Chain((FilteredStage(whole, Damped(0.1)),))
+    assert chain.levels(maps[0].name)
+    assert set(read) == {"eigenvalues"}
+    read.clear()
+    assert chain.filter_back(maps[0].name, torch.ones(1, *maps[0].shape)) is not None
+    assert sorted(read) == ["Q_A", "Q_S", "eigenvalues"]
 
 
 def test_filtering_leaves_the_factors_as_they_are(maps: list[TrackedMap], whole: Factors) -> None:
