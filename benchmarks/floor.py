@@ -111,7 +111,7 @@ def measure(label: str, passes: Passes, repeats: int, device: str, dtype: torch.
     notes = [
         f"{size.sequences} sequences of {size.tokens} tokens, {str(dtype).removeprefix('torch.')}; matrix rate "
         f"{rate / 1e12:.3g} TFLOP/s in the same rounds (its best); medians of {repeats} interleaved rounds. "
-        "`once` is what the pass takes without a sequence (sums are cleared, a sketch's weights formed): it is paid "
+        "`once` is what the pass takes without a sequence (a sketch's weights are formed): it is paid "
         "once a part or shard, not counted in `seconds`. Statistics are "
         f"{'TF32' if tf32() else 'float32'} products, whatever the model's dtype."
     ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -64,16 +65,19 @@ def measure(config: Config, stage: Stage, model: Any, tokens: int, device: str) 
     """Time of covariances, eigenvalues, sketches and scores of one query, for all layers of the meta `model`."""
     many = max(2, config.compute.batch_tokens // tokens)
     with ExitStack() as folders:
-        runs: dict[tuple[int, int], Passes] = {}
+        runs: dict[Path, Passes] = {}
+        of: dict[tuple[int, int], Path] = {}
         for layers in (1, 2):
             small = _shallow(model, layers).to(device, getattr(torch, config.compute.dtype))
             for count in (1, many):
-                folder = Path(folders.enter_context(TemporaryDirectory()))
-                runs[layers, count] = _passes(config, stage, small, _data(small, stage, count, tokens), folder)
-        found = {name: _median_seconds({key: own[name] for key, own in runs.items()}) for name in runs[1, 1]}
+                of[layers, count] = folder = Path(folders.enter_context(TemporaryDirectory()))
+                runs[folder] = _passes(config, stage, small, _data(small, stage, count, tokens), folder)
+        names = list(runs[of[1, 1]])
+        found = {name: _median_seconds({f: own[name] for f, own in runs.items()}, device) for name in names}
     depth = int(model.config.num_hidden_layers)
     result = {}
-    for name, took in found.items():
+    for name, medians in found.items():
+        took = {key: medians[folder] for key, folder in of.items()}
         few, batch = (took[1, count] + (depth - 1) * max(0.0, took[2, count] - took[1, count]) for count in (1, many))
         each = max(0.0, batch - few) / (many - 1)
         result[name] = PassTime(max(0.0, few - each), each)
@@ -142,14 +146,15 @@ def _random_factors(folder: Path, maps: list[models.TrackedMap], device: str) ->
     return Factors(folder, {"maps": files, "mean_targets": 1.0, "sequences": 1}, device, None)
 
 
-def _median_seconds(runs: dict[tuple[int, int], Callable[[int], object]]) -> dict[tuple[int, int], float]:
-    """Of each run, in rounds of all of them."""
-    times: dict[tuple[int, int], list[float]] = {key: [] for key in runs}
+def _median_seconds(runs: dict[Path, Callable[[int], object]], device: str) -> dict[Path, float]:
+    """Of each run, in rounds of all of them; what a round leaves in the run's folder is removed."""
+    times: dict[Path, list[float]] = {folder: [] for folder in runs}
     for turn in range(1 + ROUNDS):
-        for key, run in runs.items():
+        for folder, run in runs.items():
             started = time.perf_counter()
             run(turn)
-            if torch.cuda.is_available():
+            if device != "cpu":
                 torch.cuda.synchronize()
-            times[key].append(time.perf_counter() - started)
-    return {key: statistics.median(took[1:]) for key, took in times.items()}
+            times[folder].append(time.perf_counter() - started)
+            shutil.rmtree(folder / str(turn), ignore_errors=True)
+    return {folder: statistics.median(took[1:]) for folder, took in times.items()}
