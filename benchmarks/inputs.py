@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,11 +71,16 @@ def as_sequences(tokens: np.ndarray) -> Sequences:
 
 
 def random_factors(maps: list[TrackedMap], device: str = "cpu") -> dict[str, MapFactors]:
-    """Orthogonal bases and positive eigenvalues: the passes cost the same as with fitted ones."""
+    """Orthogonal bases, one for all of a width, and positive eigenvalues: passes cost the same as with fitted ones."""
+
+    @cache
+    def basis(width: int) -> torch.Tensor:
+        return torch.linalg.qr(torch.randn(width, width, device=device))[0]
+
     return {
         m.name: MapFactors(
-            torch.linalg.qr(torch.randn(m.d_in, m.d_in, device=device))[0],
-            torch.linalg.qr(torch.randn(*m.pieces, m.pieces[1], device=device))[0],
+            basis(m.d_in).clone(),
+            basis(m.pieces[1]).repeat(m.pieces[0], 1, 1),
             torch.rand(m.shape, device=device),
         )
         for m in maps

@@ -25,6 +25,9 @@ EIGH_COPIES = 5
 MIXED_COPIES = 5
 """Of a shard's sketches, while they are mixed."""
 
+FRAGMENTED = 0.4
+"""Of a batch's activations, what a CPU process holds besides: freed tensors between live ones (docs/performance.md)."""
+
 SIGN_BYTES = 12
 """Of an entry whose weight gets its random sign: both, and their product."""
 
@@ -53,16 +56,16 @@ def gradients(config: Config, work: Work, accelerator: bool) -> float:
     return 12.0 * max(min(count * m.size, max(most, m.size)) for m in work.maps)
 
 
-def of_pass(config: Config, work: Work, model: float) -> float:
-    """The process, the model and a batch."""
-    return PROCESS + model + activations(config, work)
+def of_pass(config: Config, work: Work, model: float, accelerator: bool) -> float:
+    """The process, the model and a batch after many others."""
+    return PROCESS + model + (1.0 if accelerator else 1 + FRAGMENTED) * activations(config, work)
 
 
 def of_fit(config: Config, work: Work, model: float, parts: int, accelerator: bool) -> dict[str, float]:
     """Bytes at the peak of covariances, eigenbases and eigenvalues."""
     covariances, values = _sweeps(config, work)
     n = max([*work.inputs, *(m.pieces[1] for m in work.maps)])
-    held, drawn = of_pass(config, work, model), sampling(config, work)
+    held, drawn = of_pass(config, work, model, accelerator), sampling(config, work)
     mapped = 0.0 if accelerator else parts * max(covariances)
     return {
         "covariances": held + max(covariances) + drawn,
@@ -77,7 +80,7 @@ def of_sketches(config: Config, work: Work, model: float, sequences: float, acce
     """Bytes at the peak of a shard of so many sequences, whose folded gradients stay on the CPU."""
     sweep = max(map(sum, zip(*_sweeps(config, work), strict=True)))
     shard = 0.0 if accelerator else 4.0 * config.sketch.dimensions * sequences
-    passing = of_pass(config, work, model) + gradients(config, work, accelerator)
+    passing = of_pass(config, work, model, accelerator) + gradients(config, work, accelerator)
     weighing = PROCESS + model + SIGN_BYTES * work.widest
     mixing = PROCESS + model + MIXED_COPIES * shard
     return max(sweep + shard + max(passing, weighing), mixing)

@@ -350,7 +350,7 @@ def index_steps(config: Config, planned: _Planned, sweeps: int, speed: Rates) ->
         tasks = min(size.shards, math.ceil(count / config.corpus.shard_sequences))
         seconds, held = speed.seconds(model, products, outer), 1e9 * config.curvature.memory_budget_gb
         held = 4.0 * scored * entries if rank else min(held, 2.0 * COPIES * scored * entries)
-        memory = footprint.of_pass(config, work, size.model_bytes) + held
+        memory = footprint.of_pass(config, work, size.model_bytes, speed.accelerator) + held
         steps.append(Step("recall", size.name, model + products + outer, seconds, tasks, memory))
     return steps
 
