@@ -28,7 +28,7 @@ lint: .venv/.ok  ## ruff and mypy
 drill: .venv/.ok  ## The long drills
 	$(TEST_ENV) $(BIN)/pytest -m drill
 
-bench: .venv/.ok  ## Speed and memory beside the floor and the peers (20 to 25 minutes)
+bench: .venv/.ok  ## Speed and memory beside the floor and the peers (17 minutes, 24 on a busy machine)
 	$(BIN)/python -m benchmarks
 
 accuracy: .venv/.ok  ## Methods beside retraining, on two corpora: docs/accuracy.md's tables (an hour)
