@@ -51,7 +51,7 @@ def write_report(out: Path, about: dict[str, str], took: dict[str, str]) -> Path
 def main() -> None:
     """Run the sections; exit code 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, about two minutes")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, about five minutes")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     options = parser.parse_args()
