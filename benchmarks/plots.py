@@ -44,7 +44,7 @@ def _column(table: Table, name: str) -> dict[str, object]:
 
 def _bars(groups: dict[str, dict[str, object]], label: str, path: Path, line: float | None) -> Path:
     """Grouped bars: one colour a group, one cluster a key."""
-    keys = list(dict.fromkeys(key for values in groups.values() for key in values if values[key] is not None))
+    keys = list(dict.fromkeys(key for values in groups.values() for key, value in values.items() if value is not None))
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     width = 0.8 / len(groups)
     for i, (name, values) in enumerate(groups.items()):
