@@ -20,7 +20,7 @@ import torch
 from benchmarks import inputs, machine, tables
 from msif_core import models, scoring
 from msif_core.batching import Sequences, batches
-from msif_core.capture import capture
+from msif_core.capture import forward
 from msif_core.curvature import fit
 from msif_core.curvature.filters import Damped
 from msif_core.losses import target_loss
@@ -52,8 +52,10 @@ class Passes:
         common: dict[str, Any] = {"task": "causal_lm", "seed": 0, "batch_tokens": batch_tokens}
 
         def bare(sequences: Sequences) -> None:
-            for batch in batches(sequences, batch_tokens, device):
-                capture(model, [], batch, target_loss("causal_lm"), _unused)
+            with model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_()):
+                for batch in batches(sequences, batch_tokens, device):
+                    with torch.enable_grad():
+                        target_loss("causal_lm")(forward(model, batch), batch).backward()
 
         def score(filtered: dict[str, torch.Tensor]) -> Callable[[Sequences], object]:
             return lambda sequences: scoring.score_sequences(
@@ -85,10 +87,6 @@ class Passes:
 def tf32() -> bool:
     """Whether this run multiplies in TF32."""
     return torch.get_float32_matmul_precision() == "high"
-
-
-def _unused(*_: object) -> None:
-    raise AssertionError("a bare pass has no tracked map")
 
 
 def measure(label: str, passes: Passes, repeats: int, device: str, dtype: torch.dtype) -> tables.Table:

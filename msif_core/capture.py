@@ -30,6 +30,7 @@ def capture(model: Any, maps: list[TrackedMap], batch: Batch, loss: Loss, consum
     padding, and in a causal model the positions from the last target on; d is zero there by itself.
     Maps of one input group get the same tensor `a`. Both are freed when they have been consumed. A map that reads
     one vector a sequence (a pooler, a head) has T = 1. Products within, the consumer's too, are as `model.tf32` says.
+    The graph starts at the first of `maps`: what comes before is run without one, and not gone back through.
 
     Raises:
         InputError: a map is called twice in one forward, so that its gradient is not one outer product, or on
@@ -41,8 +42,8 @@ def capture(model: Any, maps: list[TrackedMap], batch: Batch, loss: Loss, consum
     waiting = Counter(m.input_group for m in maps)
     called: set[str] = set()
 
-    def forward_hook(tracked: TrackedMap) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def forward_hook(tracked: TrackedMap) -> Callable[..., torch.Tensor]:
+        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             if tracked.name in called:
                 raise InputError(f"{tracked.name}: called twice in one forward pass; leave it out of curvature.include")
             called.add(tracked.name)
@@ -54,7 +55,10 @@ def capture(model: Any, maps: list[TrackedMap], batch: Batch, loss: Loss, consum
                     f"of {list(batch.input_ids.shape)}; leave it out of curvature.include"
                 )
             inputs[tracked.name] = a
+            if not output.requires_grad:  # all parameters are frozen; a copy, as a leaf may not be written to
+                output = output.requires_grad_().clone()
             output.register_hook(lambda gradient: backward_hook(tracked, gradient))
+            return output
 
         return hook
 
@@ -72,10 +76,11 @@ def capture(model: Any, maps: list[TrackedMap], batch: Batch, loss: Loss, consum
         consume(tracked, a, gradient.unflatten(-1, tracked.shape[:2]))
 
     with PASS, precision(getattr(model, "tf32", False)), ExitStack() as hooks, torch.enable_grad():
-        hooks.callback(model.get_input_embeddings().register_forward_hook(_require_grad).remove)
         for tracked in maps:
             hooks.callback(model.get_submodule(tracked.name).register_forward_hook(forward_hook(tracked)).remove)
-        loss(forward(model, batch), batch).backward()
+        total = loss(forward(model, batch), batch)
+        if total.requires_grad:
+            total.backward()
         if inputs or len(called) < len(maps):
             lost = inputs or {m.name for m in maps} - called
             raise InputError(f"{next(iter(lost))}: does not reach the loss; leave it out of curvature.include")
@@ -143,8 +148,3 @@ def homogeneous(a: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
 def is_classifier(model: nn.Module) -> bool:
     """Whether the model has a sequence classification head."""
     return type(model).__name__.endswith("ForSequenceClassification")
-
-
-def _require_grad(_module: nn.Module, _args: object, output: torch.Tensor) -> torch.Tensor:
-    """The graph starts at the embedding's output: all parameters are frozen."""
-    return output.requires_grad_()

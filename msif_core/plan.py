@@ -160,8 +160,8 @@ def make_plan(
     if device == "measure":
         found = {name: _measured(config, planned, speed) for name, planned in found.items()}
     last, target = found[config.stages[-1].name], found[config.attribute_to]
-    sweeps = query_sweeps(config, last.work, config.index.recall_queries) if config.queries else 0
-    sweeps = min(sweeps, 1) if config.index.recall_rank else sweeps
+    sweeps = query_sweeps(config, last.work, config.index.recall_queries) if config.queries else []
+    sweeps = [last.work.maps] if sweeps and config.index.recall_rank else sweeps
     kind = kind_for(config.index, target.size.sequences)
     index_bytes = target.size.sequences * code_bytes(config, kind) + target.size.shards * 4 * config.sketch.dimensions
     steps = [step for planned in found.values() for step in fit_steps(config, planned, speed)]
@@ -174,7 +174,7 @@ def make_plan(
         steps=tuple(steps),
         index_kind=kind,
         index_bytes=index_bytes,
-        recall_sweeps=sweeps,
+        recall_sweeps=len(sweeps),
     )
 
 
@@ -184,7 +184,7 @@ def _measured(config: Config, planned: _Planned, speed: Rates) -> _Planned:
     depth = getattr(work.model.config, "num_hidden_layers", 0)
     if depth < 1:
         return planned
-    operations = (work.forward_backward() + work.rotation() + work.gradients()) / depth
+    operations = (work.passes([work.maps]) + work.rotation() + work.gradients()) / depth
     entries = (work.covariance_entries + work.tracked) // depth
     if not probe.affordable(operations * max(2, config.compute.batch_tokens // tokens), entries, speed.model):
         return planned
@@ -297,13 +297,14 @@ def fit_steps(config: Config, planned: _Planned, speed: Rates) -> list[Step]:
     """The EK-FAC fit of one stage."""
     work, size = planned.work, planned.size
     fitted = min(config.curvature.max_sequences, size.sequences)
-    sweep = fitted * size.passes * work.forward_backward()
+    groups = list(partitions(work.maps, config.curvature.memory_budget_gb))
     memory = footprint.of_fit(config, work, size.model_bytes, size.parts, speed.accelerator)
-    calls = size.parts * size.passes
 
     def step(name: str, products: float, outer: float = 0.0) -> Step:
-        seconds = _seconds(planned, name, calls, fitted * size.passes) or speed.seconds(sweep, products, outer)
-        operations = sweep + products + outer
+        model = fitted * work.passes(groups)
+        operations = model + products + outer
+        seconds = _seconds(planned, name, size.parts, fitted, groups, products + outer)
+        seconds = seconds or speed.seconds(model, products, outer)
         return Step(name, size.name, operations, seconds, size.parts, memory[name], planned.times is not None)
 
     bases = Step(
@@ -322,20 +323,21 @@ def fit_steps(config: Config, planned: _Planned, speed: Rates) -> list[Step]:
     ]
 
 
-def query_sweeps(config: Config, last: Work, queries: int) -> int:
-    """Passes over the documents that scoring `queries` takes: their gradients stream through the memory budget."""
-    return len(list(query_groups(last.maps, queries, config.curvature.memory_budget_gb)))
+def query_sweeps(config: Config, last: Work, queries: int) -> list[list[TrackedMap]]:
+    """Maps of each pass over the documents that scoring `queries` takes: their gradients stream through the budget."""
+    return [maps for _, maps in query_groups(last.maps, queries, config.curvature.memory_budget_gb)]
 
 
-def index_steps(config: Config, planned: _Planned, sweeps: int, speed: Rates) -> list[Step]:
+def index_steps(config: Config, planned: _Planned, sweeps: list[list[TrackedMap]], speed: Rates) -> list[Step]:
     """Sketches of the attributed stage (the index's training sample twice), and the scores that measure recall."""
     work, size = planned.work, planned.size
     count = size.sequences + min(TRAINING_SAMPLE, size.sequences, config.corpus.shard_sequences)
     m = config.sketch.dimensions
     rotation = 0.0 if config.sketch.whitening == "none" else work.rotation()
-    model, products = count * size.passes * work.forward_backward(), rotation + 3.0 * work.tracked
-    products, outer = count * (products + 2.0 * m * math.log2(m)), count * work.gradients()
-    seconds = _seconds(planned, "sketches", (size.shards + 1) * size.passes, count * size.passes)
+    groups = list(partitions(work.maps, config.curvature.memory_budget_gb))
+    model, outer = count * work.passes(groups), count * work.gradients()
+    products = count * (rotation + 3.0 * work.tracked + 2.0 * m * math.log2(m))
+    seconds = _seconds(planned, "sketches", size.shards + 1, count, groups, products + outer)
     seconds = seconds or speed.seconds(model, products, outer)
     memory = footprint.of_sketches(config, work, size.model_bytes, size.sequences / size.shards, speed.accelerator)
     measured = planned.times is not None
@@ -345,7 +347,7 @@ def index_steps(config: Config, planned: _Planned, sweeps: int, speed: Rates) ->
         scored, rank = 2 * config.index.recall_queries, config.index.recall_rank
         ranked = sum(m.groups * (m.shape[1] + m.d_in) for m in work.maps) * (rank or 0)
         entries, products = (ranked, work.tokens * ranked) if rank else (work.tracked, work.tracked)  # of one query
-        model, products = count * sweeps * work.forward_backward(), 2.0 * count * scored * products
+        model, products = count * work.passes(sweeps), 2.0 * count * scored * products
         outer = 0.0 if rank else count * work.gradients()
         tasks = min(size.shards, math.ceil(count / config.corpus.shard_sequences))
         seconds, held = speed.seconds(model, products, outer), 1e9 * config.curvature.memory_budget_gb
@@ -368,10 +370,11 @@ def query_steps(config: Config, last: _Planned, target: _Planned, speed: Rates, 
     # tokens, and many gradients take one from stage to stage.
     filters = (3 * (2 * stages - 1) - 1) * last.work.unrotation() + shown * stages * work.unrotation()
     products = 3 * last.work.rotation() + shown * (work.gradients() + work.rotation())
-    scored = count * query_sweeps(config, last.work, 1) + shown  # each sweep for some of the maps
-    passes = 4 * last.work.forward_backward() + shown * work.forward_backward()
-    scoring, dots = scored * work.forward_backward(), (count + shown) * work.gradients()
-    seconds = _seconds(target, "scores", 1, scored)
+    groups = query_sweeps(config, last.work, 1)
+    passes = 4 * last.work.passes([last.work.maps]) + shown * work.passes([work.maps])
+    scoring = count * work.passes(groups) + shown * work.passes([work.maps])
+    dots = (count + shown) * work.gradients()
+    seconds = _seconds(target, "scores", 1, count + shown, groups, dots)
     seconds = speed.seconds(passes, products, filters=filters) + (seconds or speed.seconds(scoring, dots))
     weights = size.model_bytes + (last.size.model_bytes if last is not target else 0)
     memory = footprint.of_query(config, last.work, work, weights, shown)
@@ -382,8 +385,15 @@ def query_steps(config: Config, last: _Planned, target: _Planned, speed: Rates, 
     ]
 
 
-def _seconds(planned: _Planned, name: str, calls: int, sequences: float) -> float | None:
-    return None if planned.times is None else planned.times[name].seconds(calls, sequences)
+def _seconds(
+    planned: _Planned, name: str, calls: int, sequences: float, groups: list[list[TrackedMap]], other: float
+) -> float | None:
+    """Of the measured pass, longer by as much as its operations with one for each group; `other` come but once."""
+    if planned.times is None:
+        return None
+    work = planned.work
+    once, swept = (sequences * work.passes(cut) + other for cut in ([work.maps], groups))
+    return planned.times[name].seconds(calls, sequences) * swept / once
 
 
 def code_bytes(config: Config, kind: str) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -42,15 +44,35 @@ class Work:
         """Entries of all A and S, or of their eigenbases."""
         return sum(d * d for d in self.inputs) + sum(m.s_entries for m in self.maps)
 
-    def linear(self) -> float:
-        """Forward and activation backward of all linear maps (the head too): 4 N T."""
-        entries = sum(m.weight.numel() for m in self.model.modules() if isinstance(m, nn.Linear | Conv1D))
-        return 4.0 * entries * self.tokens
+    @property
+    def weights(self) -> dict[str, int]:
+        """Entries of every linear map, tracked or not (the head too), in the model's order."""
+        modules = self.model.named_modules()
+        return {name: m.weight.numel() for name, m in modules if isinstance(m, nn.Linear | Conv1D)}
 
-    def forward_backward(self) -> float:
-        """The same, and attention's products of tokens with tokens."""
-        config: Any = self.model.config
-        return self.linear() + 12.0 * config.num_hidden_layers * config.hidden_size * self.tokens**2
+    def linear(self) -> float:
+        """Forward and activation backward of all linear maps: 4 N T."""
+        return 4.0 * sum(self.weights.values()) * self.tokens
+
+    def passes(self, groups: Iterable[list[TrackedMap]]) -> float:
+        """A pass for each group of maps: the whole forward, and the backward down to the first of the group.
+
+        Attention's products of tokens with tokens are counted too, and taken to be spread as the weights are.
+        """
+        config = cast(Any, self.model.config)
+        entries = sum(self.weights.values())
+        attention = 4.0 * config.num_hidden_layers * config.hidden_size * self.tokens**2
+        operations = 0.0
+        for maps in groups:
+            share = self._crossed(maps) / entries
+            operations += 2.0 * entries * self.tokens * (1 + share) + attention * (1 + 2 * share)
+        return operations
+
+    def _crossed(self, maps: list[TrackedMap]) -> int:
+        """Entries of the maps that a backward down to the first of `maps` multiplies by: not those of its input."""
+        inputs = {m.name: m.input_group for m in maps}
+        reached = list(itertools.dropwhile(lambda name: name not in inputs, self.weights))
+        return sum(self.weights[name] for name in reached if inputs.get(name) != inputs[reached[0]])
 
     def covariance(self) -> float:
         """Sums of a a^T and d d^T."""

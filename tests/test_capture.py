@@ -57,6 +57,57 @@ def test_gradients_equal_autograd(architecture: str, split: Any, small_models: d
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
 
 
+def test_the_backward_ends_at_the_first_map_of_a_sweep(architecture: str, small_models: dict[str, Any]) -> None:
+    """Maps of a later layer: the same bits as among all maps, and nothing below them keeps a graph."""
+    model, task = small_models[architecture], task_of(architecture)
+    maps = tracked_maps(model, CurvatureSettings())
+    later = maps[len(maps) // 2 :]
+    sequences = make_sequences(3, task=task)
+    together = query_gradients(model, maps, sequences, ROOMY, task=task)
+    graphs: dict[str, bool] = {}
+    hooks = [
+        model.get_submodule(m.name).register_forward_hook(
+            lambda _module, args, _output, name=m.name: graphs.__setitem__(name, args[0].requires_grad)
+        )
+        for m in maps
+    ]
+    alone = query_gradients(model, later, sequences, ROOMY, task=task)
+    for hook in hooks:
+        hook.remove()
+    for m in later:
+        assert torch.equal(alone[m.name], together[m.name])
+    assert not any(graphs[m.name] for m in maps if m not in later or m.input_group == later[0].input_group)
+    assert graphs[later[-1].name]
+
+
+def test_a_module_may_write_into_a_maps_output() -> None:
+    """As an activation in place does: the gradient is that of what the map gave."""
+    model = make_model("gpt_neox")
+    maps = tracked_maps(model, CurvatureSettings())
+    expected = query_gradients(model, maps, make_sequences(2), ROOMY, task="causal_lm")
+    with model.get_submodule(maps[0].name).register_forward_hook(lambda *call: call[-1].mul_(1)):
+        scaled = query_gradients(model, maps, make_sequences(2), ROOMY, task="causal_lm")
+    for m in maps:
+        assert torch.equal(scaled[m.name], expected[m.name])
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_map_that_does_not_reach_the_loss_is_refused(called: bool, alone: bool) -> None:
+    model = make_model("gpt_neox")
+    model.add_module("aside", torch.nn.Linear(4, 4, dtype=torch.float64).requires_grad_(False))
+
+    def call_aside(_module: Any, _arguments: Any, embedded: torch.Tensor) -> None:
+        model.aside(embedded[..., :4])
+
+    if called:
+        model.get_input_embeddings().register_forward_hook(call_aside)
+    others = [] if alone else tracked_maps(make_model("gpt_neox"), CurvatureSettings())
+    aside = TrackedMap("aside", 5, 4, True, 1, None, "aside")
+    with pytest.raises(InputError, match="aside: does not reach the loss"):
+        capture(model, [*others, aside], only(make_sequences(2)), target_loss("causal_lm"), lambda *_: None)
+
+
 def test_gradient_does_not_depend_on_the_batch(architecture: str, small_models: dict[str, Any]) -> None:
     """Alone, in a padded batch, or in another order: the same gradient, and the same inputs and labels drawn."""
     close = tolerance(architecture)
