@@ -23,6 +23,7 @@ from msif_core.batching import Sequences, batches
 from msif_core.capture import forward
 from msif_core.curvature import fit
 from msif_core.curvature.filters import Damped
+from msif_core.directions import Directions
 from msif_core.losses import target_loss
 from msif_core.sketch import Sketcher
 from msif_core.work import Work
@@ -32,6 +33,8 @@ BATCH_TOKENS = 2048
 BUDGET = 16.0
 """Gigabytes of statistics held together: every map in one pass."""
 SKETCH: Any = SimpleNamespace(dimensions=32_000, whitening="eigen", seed=0)
+SHARE = 0.25
+"""Of the eigendirections, what sketches keep by default."""
 BARE, RATE, ONCE = "bare forward + backward", "matrix product", "once: "
 Pass = tuple[Callable[[Sequences], object], float]
 """What to call with sequences, and the operations that a sequence needs at least."""
@@ -46,7 +49,8 @@ class Passes:
         maps = models.tracked_maps(model, curvature)
         self.sequences = size.data()
         factors: Any = inputs.random_factors(maps, device)
-        sketcher = Sketcher(maps, factors, Damped(0.1), SKETCH, "causal_lm")
+        kept = {m.name: Directions.even(m, SHARE) for m in maps}
+        whole, part = (Sketcher(maps, factors, Damped(0.1), SKETCH, "causal_lm", of) for of in (None, kept))
         queries = {m.name: torch.randn(size.queries, *m.shape, device=device) for m in maps}
         one = {name: v[:1] for name, v in queries.items()}
         common: dict[str, Any] = {"task": "causal_lm", "seed": 0, "batch_tokens": batch_tokens}
@@ -72,7 +76,11 @@ class Passes:
             ),
             "eigenvalues": (lambda data: fit.eigenvalue_sums(model, maps, factors, data, **common), rotated),
             "sketch": (
-                lambda data: sketcher.documents(model, data, batch_tokens, BUDGET), rotated + 4.0 * work.tracked,
+                lambda data: part.documents(model, data, batch_tokens, BUDGET),
+                bare_flops + work.rotation(SHARE) + work.gradients(SHARE**2) + 4.0 * SHARE**2 * work.tracked,
+            ),
+            "sketch of all directions": (
+                lambda data: whole.documents(model, data, batch_tokens, BUDGET), rotated + 4.0 * work.tracked,
             ),
             "exact scores, 1 query": (score(one), formed),
             f"exact scores, {size.queries} queries": (score(queries), formed + 2.0 * work.tracked * size.queries),

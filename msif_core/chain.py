@@ -69,7 +69,7 @@ class Chain:
 
         None where the map has no parent in a lower stage (a new head): it drops out of the score.
         """
-        links = self._links(name, V)
+        links = self.links(name, V.shape)
         if links is None:
             return None
         f, curvature = links[0]
@@ -91,7 +91,7 @@ class Chain:
         A `rotated` one is in the attributed stage's eigenbasis.
         <filter(v), V> = <v, filter_back(V)>, as every filter is symmetric; None for a map that drops out.
         """
-        links = self._links(name, V)
+        links = self.links(name, V.shape)
         if links is None:
             return None
         V = V if rotated else links[0][1].rotate(V)
@@ -102,11 +102,11 @@ class Chain:
 
     def passed(self, name: str, V: torch.Tensor, *, rotated: bool = False) -> torch.Tensor | None:
         """V filtered by the stages above the attributed one, in the attributed stage's eigenbasis."""
-        links = self._links(name, V)
+        links = self.links(name, V.shape)
         return None if links is None else _passed(links, V, rotated=rotated)
 
-    def _links(self, name: str, V: torch.Tensor) -> list[Link] | None:
-        """The map's links, from the attributed stage up.
+    def links(self, name: str, shape: torch.Size) -> list[Link] | None:
+        """The links of a map with gradients [..., G, b, d_in] of that shape, from the attributed stage up.
 
         None where a stage has no such map, or one of another shape: a new head, not an error.
         """
@@ -115,7 +115,7 @@ class Chain:
             if name not in stage.curvature:
                 return None
             curvature = stage.curvature[name]
-            if curvature.eigenvalues.shape != V.shape[-3:]:
+            if curvature.eigenvalues.shape != shape[-3:]:
                 return None
             function = stage.filter.passing if links else stage.filter.attributed
             links.append((function(curvature.eigenvalues), curvature))

@@ -127,9 +127,16 @@ class SketchSettings(Settings):
     """What is stored of a whitened gradient (docs/accuracy.md has the measurements)."""
 
     dimensions: int = Field(32_000, ge=16, description="Dimensions of the sketch.")
-    whitening: Literal["none", "kronecker", "eigen"] = Field(
-        "eigen", description="eigen: f(Lambda)^(1/2). kronecker: its rank-one fit. none: all on the query."
+    whitening: Literal["none", "kronecker", "eigen", "balanced"] = Field(
+        "balanced",
+        description="A document's share of the filter f. eigen: f^(1/2). balanced: so that documents and queries have "
+        "the same energy, by what the stages' factors say. kronecker: f^(1/2)'s rank-one fit. none: nothing.",
     )
+    directions: float = Field(
+        0.25, gt=0, le=1,
+        description="The eigendirections that carry most of the scores, as the factors let expect, are kept: for this "
+        "share of what rotating into all of them costs. Without whitening nothing is rotated, and all is kept.",
+    )  # fmt: skip
     seed: int = 0
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from msif_core.config import Config
-from msif_core.curvature.fit import partitions
+from msif_core.curvature.fit import partitions, statistics
 from msif_core.curvature.gradients import CACHED_ENTRIES, CHUNK_ENTRIES
 from msif_core.losses import CHUNK_ENTRIES as SOFTMAX_ENTRIES
 from msif_core.work import Work
@@ -78,7 +78,7 @@ def of_fit(config: Config, work: Work, model: float, parts: int, accelerator: bo
 
 def of_sketches(config: Config, work: Work, model: float, sequences: float, accelerator: bool) -> float:
     """Bytes at the peak of a shard of so many sequences, whose folded gradients stay on the CPU."""
-    sweep = max(map(sum, zip(*_sweeps(config, work), strict=True)))
+    sweep = max(map(sum, zip(*_sweeps(config, work, kept_share(config, work)), strict=True)))
     shard = 0.0 if accelerator else 4.0 * config.sketch.dimensions * sequences
     passing = of_pass(config, work, model, accelerator) + gradients(config, work, accelerator)
     weighing = PROCESS + model + SIGN_BYTES * work.widest
@@ -86,10 +86,21 @@ def of_sketches(config: Config, work: Work, model: float, sequences: float, acce
     return max(sweep + shard + max(passing, weighing), mixing)
 
 
-def _sweeps(config: Config, work: Work) -> tuple[list[float], list[float]]:
-    """Bytes of the covariances (or bases) and of the eigenvalues (or weights) of each sweep's maps."""
-    width = 8.0 if config.compute.dtype == "float64" else 4.0
-    groups = [replace(work, maps=g) for g in partitions(work.maps, config.curvature.memory_budget_gb)]
+def kept_share(config: Config, work: Work) -> float:
+    """Share of the eigendirections that sketches keep, and about that of the coordinates, as some maps keep most.
+
+    At least as many coordinates as a sketch has dimensions.
+    """
+    if config.sketch.whitening == "none":
+        return 1.0
+    return min(1.0, max(config.sketch.directions, config.sketch.dimensions / work.tracked))
+
+
+def _sweeps(config: Config, work: Work, share: float = 1.0) -> tuple[list[float], list[float]]:
+    """Bytes of the covariances (or bases) and of the eigenvalues (or weights) of each sweep's maps, or that share."""
+    width = share * (8.0 if config.compute.dtype == "float64" else 4.0)
+    parts = partitions(work.maps, config.curvature.memory_budget_gb, lambda m: share * statistics(m))
+    groups = [replace(work, maps=g) for g in parts]
     return [width * g.covariance_entries for g in groups], [width * g.tracked for g in groups]
 
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from msif_core import answering, catalog, corpus, drift, generations, index, records, reuse, sketch, storage
+from msif_core import answering, catalog, corpus, directions, drift, generations, index, records, reuse, sketch, storage
 from msif_core.attribution import Attribution
 from msif_core.batching import Sequences
 from msif_core.errors import InputError
@@ -44,8 +44,22 @@ class Pipeline(Stages):
     def sketcher(self) -> Sketcher:
         """Sketches of the attributed stage's documents."""
         task = self.config.stage(self.target).task
-        spectral = self.curvature(self.target).filter
-        return Sketcher(self.maps(self.target), self.factors(self.target), spectral, self.config.sketch, task)
+        maps, spectral, settings = self.maps(self.target), self.curvature(self.target).filter, self.config.sketch
+        kept = None if settings.whitening == "none" else directions.load(self.choose_directions())
+        return Sketcher(maps, self.factors(self.target), spectral, settings, task, kept)
+
+    def choose_directions(self) -> Path:
+        """The eigendirections that sketches keep.
+
+        Chosen when the index is first built, and pinned until the codes' settings change: another later stage is
+        answered from the same codes, if with less recall.
+        """
+
+        def build(path: Path) -> None:
+            settings, maps = self.config.sketch, self.maps(self.target)
+            directions.save(path, directions.choose(maps, self.chain(), settings.directions, settings.dimensions))
+
+        return storage.build_once(self.codes_folder() / "directions.safetensors", build)
 
     def document_sketches(self, sequences: Sequences) -> FloatArray:
         """Phi of sequences of the attributed stage, float32 [N, dimensions]."""

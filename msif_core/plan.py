@@ -19,7 +19,7 @@ from torch import nn
 
 from msif_core import footprint, probe, records, storage
 from msif_core.config import Config, HubDataset, Stage
-from msif_core.curvature.fit import partitions
+from msif_core.curvature.fit import partitions, statistics
 from msif_core.devices import Rates, rates
 from msif_core.errors import InputError
 from msif_core.index import kind_for
@@ -188,7 +188,8 @@ def _measured(config: Config, planned: _Planned, speed: Rates) -> _Planned:
     entries = (work.covariance_entries + work.tracked) // depth
     if not probe.affordable(operations * max(2, config.compute.batch_tokens // tokens), entries, speed.model):
         return planned
-    return replace(planned, times=probe.measure(config, planned.stage, work.model, tokens, speed.device))
+    kept = footprint.kept_share(config, work)
+    return replace(planned, times=probe.measure(config, planned.stage, work.model, tokens, speed.device, kept))
 
 
 def meta_model(config: Config, stage: Stage) -> nn.Module:
@@ -333,10 +334,11 @@ def index_steps(config: Config, planned: _Planned, sweeps: list[list[TrackedMap]
     work, size = planned.work, planned.size
     count = size.sequences + min(TRAINING_SAMPLE, size.sequences, config.corpus.shard_sequences)
     m = config.sketch.dimensions
-    rotation = 0.0 if config.sketch.whitening == "none" else work.rotation()
-    groups = list(partitions(work.maps, config.curvature.memory_budget_gb))
-    model, outer = count * work.passes(groups), count * work.gradients()
-    products = count * (rotation + 3.0 * work.tracked + 2.0 * m * math.log2(m))
+    kept = footprint.kept_share(config, work)
+    rotation = 0.0 if config.sketch.whitening == "none" else work.rotation(kept)
+    groups = list(partitions(work.maps, config.curvature.memory_budget_gb, lambda m: kept * statistics(m)))
+    model, outer = count * work.passes(groups), count * work.gradients(kept)
+    products = count * (rotation + 3.0 * kept * work.tracked + 2.0 * m * math.log2(m))
     seconds = _seconds(planned, "sketches", size.shards + 1, count, groups, products + outer)
     seconds = seconds or speed.seconds(model, products, outer)
     memory = footprint.of_sketches(config, work, size.model_bytes, size.sequences / size.shards, speed.accelerator)

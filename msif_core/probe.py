@@ -30,6 +30,7 @@ from msif_core.config import Config, Stage
 from msif_core.curvature.factors import Factors, MapFactors, write_tensors
 from msif_core.curvature.filters import Damped
 from msif_core.curvature.steps import Fit, bases_file, eigenvalues_file, input_file
+from msif_core.directions import Directions
 from msif_core.sketch import Sketcher
 
 LONGEST = 30.0
@@ -61,8 +62,13 @@ def affordable(operations: float, entries: int, rate: float) -> bool:
     return 20 * operations / rate < LONGEST and 16 * entries < SHARE_OF_MEMORY * memory
 
 
-def measure(config: Config, stage: Stage, model: Any, tokens: int, device: str) -> dict[str, PassTime]:
-    """Time of covariances, eigenvalues, sketches and scores of one query, for all layers of the meta `model`."""
+def measure(
+    config: Config, stage: Stage, model: Any, tokens: int, device: str, share: float = 1.0
+) -> dict[str, PassTime]:
+    """Time of covariances, eigenvalues, sketches and scores of one query, for all layers of the meta `model`.
+
+    Sketches keep that share of the eigendirections.
+    """
     many = max(2, config.compute.batch_tokens // tokens)
     with ExitStack() as folders:
         runs: dict[Path, Passes] = {}
@@ -71,7 +77,7 @@ def measure(config: Config, stage: Stage, model: Any, tokens: int, device: str) 
             small = _shallow(model, layers).to(device, getattr(torch, config.compute.dtype))
             for count in (1, many):
                 of[layers, count] = folder = Path(folders.enter_context(TemporaryDirectory()))
-                runs[folder] = _passes(config, stage, small, _data(small, stage, count, tokens), folder)
+                runs[folder] = _passes(config, stage, small, _data(small, stage, count, tokens), folder, share)
         names = list(runs[of[1, 1]])
         found = {name: _median_seconds({f: own[name] for f, own in runs.items()}, device) for name in names}
     depth = int(model.config.num_hidden_layers)
@@ -101,13 +107,14 @@ def _data(model: Any, stage: Stage, count: int, tokens: int) -> Sequences:
     return Sequences(list(ids), list(labels), marks, [str(i) for i in range(count)], np.arange(count))
 
 
-def _passes(config: Config, stage: Stage, model: nn.Module, sequences: Sequences, folder: Path) -> Passes:
+def _passes(config: Config, stage: Stage, model: nn.Module, sequences: Sequences, folder: Path, share: float) -> Passes:
     maps = models.tracked_maps(model, config.curvature)
     batch, budget = config.compute.batch_tokens, config.curvature.memory_budget_gb
     device = next(model.parameters()).device
     query = {m.name: torch.randn(1, *m.shape, device=device) for m in maps}
     factors = _random_factors(folder, maps, str(device))
-    sketcher = Sketcher(maps, factors, Damped(0.1), config.sketch, stage.task)
+    kept = {m.name: Directions.even(m, share) for m in maps}
+    sketcher = Sketcher(maps, factors, Damped(0.1), config.sketch, stage.task, kept)
 
     def fit(turn: int) -> Fit:  # a folder of its own: what stands is not built again
         return Fit(model, maps, folder / str(turn), stage.task, 0, batch, budget)

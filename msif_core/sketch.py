@@ -1,10 +1,11 @@
 """Sketches of whitened gradients: signed folding, then one randomized Hadamard transform.
 
-A gradient is the concatenation of its maps' entries in their eigenbases (without whitening: as they are), D coordinates
-in all. Coordinate p goes, with a random sign, to bucket p mod M; with D <= M nothing collides and the sketch is exact.
-M shares no factor with the maps' row lengths, so that the few strong columns of a map do not all meet in one bucket.
-The folded vector is mixed by a randomized Hadamard transform, which spreads every map over all dimensions: a code
-that keeps one norm per vector (RaBitQ) then loses nothing to maps of unequal scale.
+A gradient is the concatenation of its maps' entries in the eigendirections that are kept (without whitening: of all
+entries, as they are), D coordinates in all. Coordinate p goes, with a random sign, to bucket p mod M; with D <= M
+nothing collides, and the sketch is exact but for what was left out. M shares no factor with the maps' row lengths, so
+that the few strong columns of a map do not all meet in one bucket. The folded vector is mixed by a randomized Hadamard
+transform, which spreads every map over all dimensions: a code that keeps one norm per vector (RaBitQ) then loses
+nothing to maps of unequal scale.
 
 The error of an inner product is about |phi| |psi| / sqrt(M), as for the subsampled transform of the whole
 gradient, at one multiply-add per entry.
@@ -13,6 +14,7 @@ gradient, at one multiply-add per entry.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,7 @@ from msif_core.curvature.factors import Factors
 from msif_core.curvature.filters import SpectralFilter
 from msif_core.curvature.fit import partitions, sum_dtype
 from msif_core.curvature.gradients import PerSequenceGradients, RotatedGradients
+from msif_core.directions import Directions
 from msif_core.errors import InputError
 from msif_core.losses import target_loss
 from msif_core.models import TrackedMap
@@ -37,7 +40,7 @@ from msif_core.randomness import random_signs
 if TYPE_CHECKING:
     from msif_core.config import SketchSettings
 
-VERSION = 2
+VERSION = 3
 FloatArray = npt.NDArray[np.float32]
 Gradients = dict[str, torch.Tensor]
 
@@ -60,21 +63,29 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
 
 
 class Sketcher:
-    """Sketches of documents (phi) and of queries (psi); <phi, psi> estimates the exact score."""
+    """Sketches of documents (phi) and of queries (psi); <phi, psi> estimates the exact score.
+
+    `kept` are the directions of the maps that have any; all of every map where it is not given.
+    """
 
     def __init__(
-        self, maps: list[TrackedMap], factors: Factors, spectral: SpectralFilter, settings: SketchSettings, task: str
+        self,
+        maps: list[TrackedMap],
+        factors: Factors,
+        spectral: SpectralFilter,
+        settings: SketchSettings,
+        task: str,
+        kept: Mapping[str, Directions] | None = None,
     ) -> None:
-        self.maps = maps
+        self.kept = {m.name: Directions.even(m) for m in maps} if kept is None else kept
+        self.maps = [m for m in maps if m.name in self.kept]
         self.factors = factors
         self.filter = spectral
         self.settings = settings
         self.task = task
-        self.offsets = dict(
-            zip((m.name for m in maps), np.cumsum([0, *(m.size for m in maps)])[:-1].tolist(), strict=True)
-        )
-        self.total = sum(m.size for m in maps)
-        self.fold = fold_length(settings.dimensions, {m.d_in for m in maps})
+        sizes = [self.kept[m.name].size for m in self.maps]
+        self.offsets = dict(zip((m.name for m in self.maps), np.cumsum([0, *sizes])[:-1].tolist(), strict=True))
+        self.fold = fold_length(settings.dimensions, {len(kept.columns) for kept in self.kept.values()})
         self._signs = random_signs(settings.dimensions, settings.seed + 1)
 
     @property
@@ -86,7 +97,8 @@ class Sketcher:
         """What must agree for sketches to be comparable."""
         return {
             "version": VERSION, "dimensions": self.settings.dimensions, "fold": self.fold, "seed": self.settings.seed,
-            "whitening": self.settings.whitening, "maps": {m.name: list(m.shape) for m in self.maps},
+            "whitening": self.settings.whitening,
+            "maps": {m.name: [*self.kept[m.name].rows.shape, len(self.kept[m.name].columns)] for m in self.maps},
         }  # fmt: skip
 
     def check_or_write(self, path: Path) -> None:
@@ -104,31 +116,26 @@ class Sketcher:
             )
 
     def document_weight(self, name: str) -> torch.Tensor:
-        """Whitening of a document's rotated gradient of one map, [G, b, d_in].
+        """Whitening of a document's kept coordinates of one map, [P r c].
 
-        eigen: f^(1/2). kronecker: its rank-one fit, row times column. none: 1, of the gradient as it is. Zero where
-        f is.
+        balanced: f^(1/2) times the directions' split. eigen: f^(1/2). kronecker: its rank-one fit, row times column.
+        none: 1, of the gradient as it is. Zero where f is.
         """
-        return self._whitening(self._f(name))
+        f, kept = self._f(name), self.kept[name]
+        if self.settings.whitening == "none":
+            return (kept.take(f) > 0).to(f.dtype)
+        if self.settings.whitening == "kronecker":
+            return kept.take(_rank_one(f.sqrt()))
+        root = kept.take(f).sqrt()
+        return root if self.settings.whitening == "eigen" else root * kept.split.to(root)
 
     def query_weight(self, name: str) -> torch.Tensor:
-        """What is left of f for the query's side, [G, b, d_in]: the product of the two weights is f."""
-        f = self._f(name)
-        return torch.where(f > 0, f / self._whitening(f), 0)
+        """What is left of f for the query's side, [P r c]: the product of the two weights is f."""
+        f = self.kept[name].take(self._f(name))
+        return torch.where(f > 0, f / self.document_weight(name), 0)
 
     def _f(self, name: str) -> torch.Tensor:
         return self.filter.attributed(self.factors[name].eigenvalues)
-
-    def _whitening(self, f: torch.Tensor) -> torch.Tensor:
-        if self.settings.whitening == "none":
-            return (f > 0).to(f.dtype)
-        root = f.sqrt()
-        if self.settings.whitening == "eigen":
-            return root
-        # The fit of log f^(1/2): row plus column means. A block without curvature has f = 0 throughout.
-        log = torch.where(f > 0, root, 1).log()
-        fit = (log.mean(-1, keepdim=True) + log.mean(-2, keepdim=True) - log.mean((-2, -1), keepdim=True)).exp()
-        return torch.where(f > 0, fit, 0)
 
     def documents(self, model: nn.Module, sequences: Sequences, batch_tokens: int, budget_gb: float) -> FloatArray:
         """Phi of each sequence: float32 [N, dimensions].
@@ -137,15 +144,24 @@ class Sketcher:
         """
         device, dtype = next(model.parameters()).device, sum_dtype(model)
         folded = torch.zeros(len(sequences), self.fold)
-        for maps in partitions(self.maps, budget_gb):
+        for maps in partitions(self.maps, budget_gb, self._held):
             weights = {m.name: self._signed(m, self.document_weight(m.name)).to(device) for m in maps}
-            factors = {m.name: self.factors[m.name] for m in maps}
-            formed = RotatedGradients(factors, dtype) if self.rotates else PerSequenceGradients(dtype)
+            formed: RotatedGradients | PerSequenceGradients = PerSequenceGradients(dtype)
+            if self.rotates:
+                formed = RotatedGradients(
+                    {m.name: self.kept[m.name].factors(self.factors[m.name]) for m in maps}, dtype
+                )
             for batch in batches(sequences, batch_tokens, device):
                 found = torch.zeros(len(batch.rows), self.fold, device=device)
                 capture(model, maps, batch, target_loss(self.task), self._folding(found, formed, weights))
                 folded[batch.rows] += found.cpu()
         return self._mix(folded).numpy()
+
+    def _held(self, m: TrackedMap) -> float:
+        """Entries of a map's bases and weights that a pass holds."""
+        kept = self.kept[m.name]
+        bases = m.d_in * len(kept.columns) + kept.rows.numel() * m.pieces[1] if self.rotates else 0
+        return bases + 2.0 * kept.size
 
     def _folding(
         self, folded: torch.Tensor, formed: RotatedGradients | PerSequenceGradients, weights: Gradients
@@ -153,8 +169,9 @@ class Sketcher:
         """Adds a map's weighted gradients to `folded` [N, fold]."""
 
         def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> None:
+            columns = len(self.kept[m.name].columns)
             for part, rows, gradients in formed.blocks(m, a, d):
-                entries = slice(rows.start * m.d_in, rows.stop * m.d_in)
+                entries = slice(rows.start * columns, rows.stop * columns)
                 weighted = gradients.flatten(1).float().mul_(weights[m.name][entries])
                 self._add(folded[part], weighted, self.offsets[m.name] + entries.start)
 
@@ -171,14 +188,15 @@ class Sketcher:
             seen = chain.passed if self.rotates else chain.filter
             if m.name not in gradients or (V := seen(m.name, gradients[m.name], rotated=rotated)) is None:
                 continue
-            weight = self.query_weight(m.name) if self.rotates else torch.ones(m.shape)
-            self._add(folded, V.float().flatten(1) * self._signed(m, weight).to(first.device), self.offsets[m.name])
+            weight = self.query_weight(m.name) if self.rotates else torch.ones(m.size)
+            own = self.kept[m.name].take(V).float() * self._signed(m, weight).to(first.device)
+            self._add(folded, own, self.offsets[m.name])
         return self._mix(folded).cpu().numpy()
 
     def _signed(self, m: TrackedMap, weight: torch.Tensor) -> torch.Tensor:
-        """The map's weights with its random signs, flat."""
+        """The map's weights, flat, with its random signs."""
         seed = (self.settings.seed << 20) + self.maps.index(m) + 2
-        return weight.float().flatten() * random_signs(m.size, seed, weight.device)
+        return weight.float() * random_signs(len(weight), seed, weight.device)
 
     def _add(self, folded: torch.Tensor, flat: torch.Tensor, offset: int) -> None:
         """folded[:, (offset + i) mod M] += flat[:, i], as slices and one sum."""
@@ -208,3 +226,10 @@ class Sketcher:
             rest = self.settings.dimensions - block
             x = torch.cat((x[:, :rest], hadamard(x[:, rest:] * self._signs[:block].to(x.device))), dim=1)
         return x
+
+
+def _rank_one(root: torch.Tensor) -> torch.Tensor:
+    """The fit of log f^(1/2) [G, b, d_in]: row plus column means. A block without curvature has f = 0 throughout."""
+    log = torch.where(root > 0, root, 1).log()
+    fit = (log.mean(-1, keepdim=True) + log.mean(-2, keepdim=True) - log.mean((-2, -1), keepdim=True)).exp()
+    return torch.where(root > 0, fit, 0)

@@ -78,15 +78,14 @@ class Work:
         """Sums of a a^T and d d^T."""
         return 2.0 * self.tokens * self.covariance_entries
 
-    def gradients(self) -> float:
-        """Per-sequence gradients, formed from the tokens."""
-        return 2.0 * self.tokens * self.tracked
+    def gradients(self, share: float = 1.0) -> float:
+        """Per-sequence gradients, or that share of their coordinates, formed from the tokens."""
+        return 2.0 * share * self.tokens * self.tracked
 
-    def rotation(self) -> float:
-        """Into the eigenbasis: of the tokens or of the gradient, whichever is cheaper, as the code does."""
-        return 2.0 * sum(
-            min(self.tokens * (m.d_in**2 + m.s_entries), m.size * (m.pieces[1] + m.d_in)) for m in self.maps
-        )
+    def rotation(self, share: float = 1.0) -> float:
+        """Into the eigenbasis, or that share of it: of tokens or gradients, whichever is cheaper, as the code does."""
+        whole = sum(min(self.tokens * (m.d_in**2 + m.s_entries), m.size * (m.pieces[1] + m.d_in)) for m in self.maps)
+        return 2.0 * share * whole
 
     def eigenbases(self) -> float:
         """Of every A and S."""

@@ -113,9 +113,9 @@ def test_devices_divide_whole_tasks_only(tmp_path: Path) -> None:
 
 
 def test_memory_follows_the_budget_and_the_batch(tmp_path: Path) -> None:
-    def peaks(budget: float, tokens: int, **sizes: int) -> dict[str, float]:
+    def peaks(budget: float, tokens: int, kept: float = 1.0, **sizes: int) -> dict[str, float]:
         settings = {"curvature": {"memory_budget_gb": budget, **sizes}, "compute": {"batch_tokens": tokens}}
-        config = config_of(tmp_path, "EleutherAI/pythia-2.8b", **settings)
+        config = config_of(tmp_path, "EleutherAI/pythia-2.8b", **settings, sketch={"directions": kept})
         return {step.name: step.memory for step in plan.make_plan(config, "h100", {"pretrain": 50_000}).steps}
 
     whole, swept, cut = peaks(80, 4096), peaks(8, 4096), peaks(80, 4096, block_size=2560)
@@ -123,6 +123,9 @@ def test_memory_follows_the_budget_and_the_batch(tmp_path: Path) -> None:
         assert swept[name] < whole[name] - 15e9
         assert cut[name] < whole[name] - 5e9
         assert peaks(80, 8192)[name] > whole[name] + 4e9
+    thin = peaks(80, 4096, kept=0.25)
+    assert thin["sketches"] < whole["sketches"] - 25e9
+    assert thin["eigenvalues"] == whole["eigenvalues"]
     assert swept["covariances"] > 2_775_208_960 * 4  # the weights
     assert swept["one query"] < 11.2e9 + 8e9 + 26e9
 
@@ -132,7 +135,7 @@ def test_two_layers_and_two_batches_give_the_time_of_all(tmp_path: Path, monkeyp
 
     clock = [0.0]
 
-    def passes(_config: object, _stage: object, model: Any, sequences: Any, _folder: Path) -> probe.Passes:
+    def passes(_config: object, _stage: object, model: Any, sequences: Any, *_: object) -> probe.Passes:
         layers = len(model.gpt_neox.layers)
         took = 1 + 2 * layers + len(sequences) * (3 + 4 * layers)
         return {"covariances": lambda _: clock.append(clock[-1] + took)}

@@ -79,7 +79,7 @@ def prepare(case: Case) -> Mapping[str, Step]:
         build(config("index", projection=projection), PreprocessConfig())
 
     steps: dict[str, Any] = {
-        "fit": fit, "scores": scores, "index, not whitened": lambda: index(PROJECTION),
+        "fit": fit, "scores": scores, "index": lambda: index(PROJECTION),
         "index, full gradients": lambda: index(0),
     }  # fmt: skip
     return steps

@@ -52,6 +52,11 @@ class MapFactors:
             return other.rotate(self.unrotate(V))
         return rotate_gradient(V, self.Q_S.mT @ other.Q_S, self.Q_A.mT @ other.Q_A)
 
+    def rebase_squares(self, energy: torch.Tensor, other: Self) -> torch.Tensor:
+        """Mean squares in another eigenbasis of coordinates that are uncorrelated in this one: by squared cosines."""
+        S, A = (self.Q_S.mT @ other.Q_S).square(), (self.Q_A.mT @ other.Q_A).square()
+        return rotate_gradient(energy, S.to(energy.dtype), A.to(energy.dtype))
+
     def apply(self, V: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """f(H) V for a function of the eigenvalues; V [..., G, b, d_in]."""
         return self.unrotate(self.rotate(V) * function(self.eigenvalues))

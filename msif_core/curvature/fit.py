@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -50,12 +50,19 @@ def sum_dtype(model: nn.Module) -> torch.dtype:
     return torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
 
 
-def partitions(maps: list[TrackedMap], budget_gb: float) -> Iterator[list[TrackedMap]]:
-    """Consecutive maps whose statistics fit the budget together; each part is one pass over the shard."""
+def statistics(tracked: TrackedMap) -> float:
+    """Entries that a pass holds of a map: its covariances or bases, its eigenvalues and room to form them."""
+    return float(tracked.d_in**2 + tracked.s_entries + 2 * tracked.size)
+
+
+def partitions(
+    maps: list[TrackedMap], budget_gb: float, held: Callable[[TrackedMap], float] = statistics
+) -> Iterator[list[TrackedMap]]:
+    """Consecutive maps of which what is `held`, in float32 entries, fits the budget; each part is one pass."""
     part: list[TrackedMap] = []
     used = 0.0
     for tracked in maps:
-        need = 4e-9 * (tracked.d_in**2 + tracked.s_entries + 2 * tracked.size)
+        need = 4e-9 * held(tracked)
         if part and used + need > budget_gb:
             yield part
             part, used = [], 0.0

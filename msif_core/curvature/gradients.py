@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from msif_core.curvature.factors import Factors, MapFactors, rotate_gradient
+from msif_core.curvature.factors import Factors, MapFactors
 from msif_core.models import TrackedMap
 
 CHUNK_ENTRIES = 1 << 26
@@ -34,17 +34,17 @@ class PerSequenceGradients:
         self._together = together
         self._memory = torch.empty(0, dtype=dtype)
 
-    def blocks(self, m: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> Iterator[Block]:
+    def blocks(self, _: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> Iterator[Block]:
         """The gradients' blocks, from a [N, T, d_in] and d [N, T, G, b]; each stands until the next is asked for."""
         a, d = a.to(self._memory.dtype), d.to(self._memory.dtype).flatten(2)
         r = even_step(d.shape[2], CPU_ROWS) if a.device.type == "cpu" else d.shape[2]
-        n = self.sequences(len(a), r * m.d_in, a.device)
-        if self._memory.numel() < n * r * m.d_in or self._memory.device != a.device:
-            self._memory = a.new_empty(n * r * m.d_in)
+        n = self.sequences(len(a), r * a.shape[2], a.device)
+        if self._memory.numel() < n * r * a.shape[2] or self._memory.device != a.device:
+            self._memory = a.new_empty(n * r * a.shape[2])
         for rows in slices(d.shape[2], r):
             for part in slices(len(a), n):
                 left, right = d[part, :, rows].mT, a[part]
-                shape = (len(right), left.shape[1], m.d_in)
+                shape = (len(right), left.shape[1], right.shape[2])
                 yield part, rows, torch.bmm(left, right, out=self._memory[: math.prod(shape)].view(shape))
 
     def sequences(self, count: int, entries: int, device: torch.device) -> int:
@@ -68,19 +68,23 @@ class RotatedGradients:
         self._gradients = PerSequenceGradients(dtype)
 
     def blocks(self, m: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> Iterator[Block]:
-        """As `PerSequenceGradients.blocks`, rotated; where gradients are rotated, a block has all rows."""
+        """As `PerSequenceGradients.blocks`, rotated; where gradients are rotated, a block has all rows.
+
+        Of thin bases, Q_A [d_in, c] and Q_S [P, p, r], blocks have the P r rows and c columns that they lead to.
+        """
         factors = self.factors[m.name]
         Q_A, Q_S = (Q.to(a.device, self._dtype) for Q in (factors.Q_A, factors.Q_S))
-        tokens = a.shape[1] * (m.d_in**2 + m.s_entries)
-        if tokens <= m.size * (m.pieces[1] + m.d_in):
+        c, rows = Q_A.shape[1], Q_S.shape[0] * Q_S.shape[2]
+        tokens = a.shape[1] * (Q_A.numel() + Q_S.numel() + rows * c)
+        if tokens <= m.size * (a.shape[1] + c) + Q_S.numel() * c:
             if self._rotated is None or a is not self._inputs:
                 self._inputs, self._rotated = a, a.to(self._dtype) @ Q_A
             yield from self._gradients.blocks(m, self._rotated, rotate_outputs(d.to(self._dtype), Q_S))
         else:
             a, d = a.to(self._dtype), d.to(self._dtype).flatten(2)
             for part in slices(len(a), self._gradients.sequences(len(a), m.size, a.device)):
-                gradients = torch.bmm(d[part].mT, a[part]).unflatten(1, m.shape[:2])
-                yield part, slice(0, d.shape[2]), rotate_gradient(gradients, Q_S, Q_A).flatten(1, 2)
+                gradients = (torch.bmm(d[part].mT, a[part]) @ Q_A).unflatten(1, Q_S.shape[:2])
+                yield part, slice(0, rows), (Q_S.mT @ gradients).flatten(1, 2)
 
 
 def even_step(count: int, most: int) -> int:
@@ -94,8 +98,7 @@ def slices(count: int, step: int) -> Iterator[slice]:
 
 
 def rotate_outputs(d: torch.Tensor, Q_S: torch.Tensor) -> torch.Tensor:
-    """D [N, T, G, b] times Q_S [P, p, p], as blocks on a diagonal."""
+    """D [N, T, G, b] times Q_S [P, p, r], as blocks on a diagonal: [N, T, P, r]."""
     if Q_S.shape[0] == 1:
         return d @ Q_S[0]
-    pieces = d.reshape(*d.shape[:2], *Q_S.shape[:2])
-    return torch.einsum("ntgb,gbc->ntgc", pieces, Q_S).reshape(d.shape)
+    return torch.einsum("ntgb,gbc->ntgc", d.reshape(*d.shape[:2], *Q_S.shape[:2]), Q_S)
