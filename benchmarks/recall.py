@@ -1,4 +1,6 @@
-"""Recall of retrieval against bytes per sequence: `python -m benchmarks.recall CONFIG [OUT.png]`, after `msif run`.
+"""Recall of retrieval against bytes per sequence, after `msif run CONFIG`.
+
+    python -m benchmarks.recall CONFIG [OUT.png] [--texts TEXTS.jsonl]
 
 The exact top 10 and 100 of the held-out queries are looked for among the best 0.5% to 5% of all sequences, by many
 sketches (benchmarks.sketches), by BM25, by both, and by cascades. One pass over the corpus serves all of them.
@@ -6,6 +8,8 @@ sketches (benchmarks.sketches), by BM25, by both, and by cascades. One pass over
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,8 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.sketches import Coding, Coordinates, Folded, Learned, Signed, Sketch, TwoSided, Weights
-from msif_core import corpus, index
+from benchmarks.sketches import Coding, Coordinates, Folded, Learned, Signed, Sketch, TwoSided, Weights, parts_of
+from msif_core import corpus, directions, index, records, storage
 from msif_core.batching import Sequences, batches
 from msif_core.capture import capture
 from msif_core.config import Config
@@ -89,8 +93,22 @@ def filters(pipeline: Pipeline, whitening: str) -> Weights:
 
 
 def sketcher_of(pipeline: Pipeline, dimensions: int, whitening: str = "eigen") -> Sketcher:
-    sketch = pipeline.config.sketch.model_copy(update={"dimensions": dimensions, "whitening": whitening})
-    return Pipeline(pipeline.config.model_copy(update={"sketch": sketch})).sketcher()
+    """Of every direction."""
+    settings = pipeline.config.sketch.model_copy(update={"dimensions": dimensions, "whitening": whitening})
+    spectral, task = pipeline.curvature(pipeline.target).filter, pipeline.config.stage(pipeline.target).task
+    return Sketcher(pipeline.maps(pipeline.target), pipeline.factors(pipeline.target), spectral, settings, task)
+
+
+def directed(pipeline: Pipeline, share: float, weights: Weights) -> tuple[Weights, torch.Tensor]:
+    """The library's directions for that share of the rotations: the balanced split, and which coordinates are kept."""
+    split, mask = torch.ones_like(weights.f), torch.zeros_like(weights.f)
+    parts, maps = parts_of(pipeline.maps(pipeline.target)), pipeline.maps(pipeline.target)
+    kept = directions.choose(maps, pipeline.chain(), share, 0)
+    for m in maps:
+        if m.name in kept:
+            places = parts[m.name].start + kept[m.name].take(torch.arange(m.size).view(m.shape))
+            split[places], mask[places] = kept[m.name].split, 1.0
+    return Weights(weights.f, weights.document * split), mask
 
 
 def learn(pipeline: Pipeline, sequences: Sequences) -> Learned:
@@ -129,6 +147,13 @@ def sketches(pipeline: Pipeline, learned: Learned) -> Iterator[tuple[str, Sketch
     yield "learned split, 32,000", folded(32_000, split), (ONE, FOUR, FULL, first)
     for dimensions in (16_384, 8_192, 2_048):
         yield f"learned split, {dimensions:,}", folded(dimensions, split), (ONE, FOUR)
+    for share in (1.0, 0.5, 0.25, 0.15, 0.08):
+        yield f"directions {share:g}, 32,000", folded(32_000, sign(*directed(pipeline, share, weights))), (ONE,)
+    kept = sign(*directed(pipeline, 0.25, weights))
+    for dimensions in (65_536, 20_480, 8_192, 2_048):
+        yield f"directions 0.25, {dimensions:,}", folded(dimensions, kept), (ONE, FOUR)
+    _, mask = directed(pipeline, 0.25, weights)
+    yield "directions 0.25, even split, 32,000", folded(32_000, sign(weights, mask)), (ONE,)
     yield "two-sided random 48 x 48", TwoSided.random(maps, weights, 48), (ONE, FULL)
     yield "two-sided learned 32 x 32", learned.two_sided(32), (ONE, FULL)
     yield "principal components, 512", learned.principal(512), (FOUR, FULL)
@@ -265,6 +290,11 @@ def plot(rows: list[Row], path: Path) -> None:
         ("Hadamard, float32", "o:", lambda f, n: f.startswith("Hadamard") and n == "float32"),
         ("learned split, 1 bit", "s-", lambda f, n: f.startswith("learned split") and n == "1 bit"),
         ("learned split, 4 bits", "s--", lambda f, n: f.startswith("learned split") and n == "4 bits"),
+        (
+            "directions 0.25 of the rotations, 1 bit",
+            "D-",
+            lambda f, n: f[:16] == "directions 0.25," and f.count(",") < 3 and "even" not in f and n == "1 bit",
+        ),
         ("whitening kronecker or none, 1 bit", "v", lambda f, n: f.endswith(("kronecker", "none"))),
         ("two-sided random", "x:", lambda f, n: f.startswith("two-sided random")),
         ("two-sided learned", "+:", lambda f, n: f.startswith("two-sided learned")),
@@ -291,9 +321,29 @@ def plot(rows: list[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
+def halves(texts: Path, queries: Path) -> Path:
+    """Write queries that ask for the second half of each text, to see recall for what no stage was tuned for."""
+    asked = []
+    for record in records.read_list(texts):
+        words = str(record["text"]).split()
+        prompt, completion = " ".join(words[: len(words) // 2]), " " + " ".join(words[len(words) // 2 :])
+        asked.append(json.dumps({"id": record["id"], "prompt": prompt, "completion": completion}) + "\n")
+    storage.write_text(queries, "".join(asked))
+    return queries
+
+
 def main() -> None:
-    pipeline = Pipeline(Config.load(sys.argv[1]))
-    path = Path(sys.argv[2]) if len(sys.argv) > 2 else pipeline.workspace.root / "recall.png"
+    """Measure every sketch, print the table, save the plot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("out", type=Path, nargs="?", help="the plot")
+    parser.add_argument("--texts", type=Path, help="ask for the second halves of these texts, not for the queries")
+    options = parser.parse_args()
+    config = Config.load(options.config)
+    path = options.out or config.workspace / "recall.png"
+    if options.texts:
+        config = config.model_copy(update={"queries": halves(options.texts, config.workspace / "texts.jsonl")})
+    pipeline = Pipeline(config)
     queries = pipeline.held_out()
     assert queries is not None, "set `queries` in the configuration"
     count = len(pipeline.shards(pipeline.target))
