@@ -8,8 +8,8 @@ squared cosines between them (coordinates count as uncorrelated, which is EK-FAC
 - An eigendirection, a column of Q_A or of a piece of Q_S, is worth what its coordinates are, sum of E phi^2 E psi^2,
   for what rotating into it costs. The best are kept, up to a share of the rotations' operations.
 - Any split of f into a document's and a query's weight gives the same scores; the least E |phi|^2 E |psi|^2, which the
-  error of a sketch goes by, has the document's f^(1/2) (E psi^2 / E phi^2)^(1/4). That ratio is kept as a row times a
-  column of each map, from its sums.
+  error of a sketch goes by, has the document's f^(1/2) (E psi^2 / E phi^2)^(1/4). Kept is the best of those that are
+  f^(1/2) times a row times a column of each map.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from safetensors.torch import load_file
 from msif_core.chain import Chain
 from msif_core.curvature.factors import MapFactors, write_tensors
 from msif_core.models import TrackedMap
+
+TURNS = 10
+"""In which the split's rows and columns are found: their energies then agree to a thousandth."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ def load(path: Path) -> dict[str, Directions]:
 
 @dataclass(frozen=True)
 class _Sums:
-    """Of one map: what its directions are worth, rows [P, p] and columns [d_in], and the best ratio of both sides."""
+    """Of one map: what its directions are worth, rows [P, p] and columns [d_in], and the best split."""
 
     rows: torch.Tensor
     columns: torch.Tensor
@@ -159,13 +162,15 @@ class _Sums:
 
     @classmethod
     def of(cls, m: TrackedMap, chain: Chain) -> _Sums:
-        documents, queries = (e.reshape(*m.pieces, m.d_in) for e in expected_energies(chain, m))
+        documents, queries = (e.reshape(-1, m.d_in) for e in expected_energies(chain, m))
         both = documents * queries
-        row = _ratio(queries.sum(2), documents.sum(2))
-        column = _ratio(queries.sum((0, 1)), documents.sum((0, 1))) / _ratio(queries.sum(), documents.sum())
-        return cls(
-            both.sum(2).cpu(), both.sum((0, 1)).cpu(), row.pow(0.25).float().cpu(), column.pow(0.25).float().cpu()
-        )
+        # The best rows for given columns have the same energy on both sides, and so on in turns: a geometric program.
+        column = torch.ones_like(both[0])
+        for _ in range(TURNS):
+            row = _ratio(queries @ (1 / column), documents @ column).sqrt()
+            column = _ratio((1 / row) @ queries, row @ documents).sqrt()
+        rows, row = (x.view(m.pieces) for x in (both.sum(1), row))
+        return cls(rows.cpu(), both.sum(0).cpu(), row.sqrt().float().cpu(), column.sqrt().float().cpu())
 
     def directions(self, r: int, columns: torch.Tensor, c: int) -> Directions:
         """The best `r` rows of each piece, and the best `c` of the group's `columns`, in their order."""

@@ -1,5 +1,6 @@
 """The kept eigendirections: energies against draws, the choice against a search, thin bases against whole ones."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from msif_core import directions, scoring
 from msif_core.chain import Chain, FilteredStage
 from msif_core.config import CurvatureSettings, SketchSettings
 from msif_core.curvature.factors import MapFactors
-from msif_core.curvature.filters import Damped, Unrolled
+from msif_core.curvature.filters import Damped, Identity, Unrolled
 from msif_core.curvature.gradients import RotatedGradients
 from msif_core.directions import Directions
 from msif_core.models import TrackedMap, tracked_maps
@@ -132,18 +133,33 @@ def test_a_sketch_has_no_fewer_coordinates_than_dimensions(chain: Chain) -> None
         assert (name, d.size) == (m.name, m.size)
 
 
-def test_the_split_gives_both_sides_the_same_energies(chain: Chain) -> None:
-    """Row by row and column by column; and the product of their norms falls."""
-    maps = two_maps()
+def test_the_split_is_the_best_where_it_can_be() -> None:
+    """Energies whose ratio is a row times a column in each map: both sides get the same, and no split has less."""
+    maps, generator = two_maps(), torch.Generator().manual_seed(5)
+    lower = fitted(maps, 1)
+    upper = {}
+    for scale, m in zip((0.1, 1.0, 30.0), maps, strict=True):
+        rows, columns = (torch.exp(torch.randn(n, generator=generator, dtype=torch.float64)) for n in (m.d_out, m.d_in))
+        ratio = scale * torch.outer(rows, columns).view(m.shape)
+        upper[m.name] = replace(lower[m.name], eigenvalues=lower[m.name].eigenvalues * ratio)
+    chain = Chain((FilteredStage(lower, Damped(0.1)), FilteredStage(upper, Identity())))
+    kept = directions.choose(maps, chain, 1.0, 0)
+    documents, queries, split = [], [], []
     for m in maps:
-        kept = directions.choose(maps, chain, 1.0, 0)[m.name]
+        for found, energy in zip((documents, queries), directions.expected_energies(chain, m), strict=True):
+            found.append(kept[m.name].take(energy))
+        split.append(kept[m.name].split.double().square())
+    both = torch.cat(documents) * torch.cat(split), torch.cat(queries) / torch.cat(split)
+    torch.testing.assert_close(*both, rtol=1e-5, atol=0)
+
+
+def test_the_split_lessens_the_error_where_the_ratio_is_no_product(chain: Chain) -> None:
+    for m in two_maps():
+        split = directions.choose(two_maps(), chain, 1.0, 0)[m.name].split.double().square()
         documents, queries = (e.flatten() for e in directions.expected_energies(chain, m))
-        split = kept.split.double()
-        even = documents.sum() * queries.sum()
-        balanced = (documents * split**2).sum() * (queries / split**2).sum()
+        even, balanced = documents.sum() * queries.sum(), (documents * split).sum() * (queries / split).sum()
         least = (documents * queries).sqrt().sum() ** 2
         assert least <= balanced < even
-        assert balanced < least + 0.5 * (even - least)
 
 
 def test_directions_are_read_as_they_were_written(chain: Chain, tmp_path: Path) -> None:
@@ -187,7 +203,10 @@ def test_thin_bases_give_the_kept_coordinates(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("whitening", ["balanced", "eigen", "kronecker"])
-def test_the_sketch_of_some_directions_is_their_part_of_the_score(small_models: dict[str, Any], whitening: Any) -> None:
+def test_the_sketch_of_some_directions_is_their_part_of_the_score(
+    small_models: dict[str, Any], whitening: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("msif_core.curvature.gradients.CPU_ROWS", 3)  # several blocks a map
     model = small_models["gpt_neox"]
     maps = tracked_maps(model, CurvatureSettings(qkv_split="head"))
     chain = chain_of(maps)
@@ -206,3 +225,7 @@ def test_the_sketch_of_some_directions_is_their_part_of_the_score(small_models: 
         expected += (passed @ kept[m.name].take(curvature.rotate(own[m.name])).T).numpy()
     estimate = sketcher.queries(gradients, chain) @ sketcher.documents(model, documents, BATCH, 8.0).T
     np.testing.assert_allclose(estimate, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    root = kept[maps[1].name].take(first.filter.attributed(first.curvature[maps[1].name].eigenvalues)).sqrt()
+    expected_weight = {"balanced": root * kept[maps[1].name].split, "eigen": root}.get(whitening)
+    if expected_weight is not None:
+        torch.testing.assert_close(sketcher.document_weight(maps[1].name), expected_weight)
