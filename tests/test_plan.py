@@ -8,13 +8,18 @@ from typing import Any
 
 import pytest
 import transformers
+from torch.utils.flop_counter import FlopCounterMode
 
 from msif_core import devices, plan, probe
-from msif_core.config import Config
+from msif_core.batching import batches
+from msif_core.capture import capture
+from msif_core.config import Config, CurvatureSettings
 from msif_core.curvature.fit import partitions
 from msif_core.errors import InputError
-from msif_core.models import tracked_maps
-from tests.conftest import CONFIGS, make_model
+from msif_core.losses import target_loss
+from msif_core.models import freeze, tracked_maps
+from msif_core.work import Work
+from tests.conftest import CONFIGS, VOCAB, make_model, make_sequences
 
 
 def config_of(tmp_path: Path, model: str, **changes: object) -> Config:
@@ -69,6 +74,35 @@ def test_files_are_estimated_from_their_first_records(tmp_path: Path) -> None:
     assert stage.sequences == pytest.approx(2_000, rel=0.05)
     assert stage.tokens == pytest.approx(20_000, rel=0.05)
     assert stage.assumed == "estimated from the size of its files"
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("first", [0, 8, 15])
+def test_a_pass_takes_the_operations_that_torch_counts(parallel: bool, first: int) -> None:
+    """From the first map on, from the third layer's, and for the last map alone."""
+    settings = transformers.GPTNeoXConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64, use_parallel_residual=parallel,
+    )  # fmt: skip
+    model = freeze(transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="eager"))
+    maps = tracked_maps(model, CurvatureSettings())
+    (batch,) = batches(make_sequences(3, lengths=(40, 41)), 10_000)
+    with FlopCounterMode(display=False) as counted:
+        capture(model, maps[first:], batch, target_loss("causal_lm"), lambda *_: None)
+    planned = 3 * Work(model, maps, 40).passes([maps[first:]])
+    assert planned == pytest.approx(counted.get_total_flops(), rel=0.03)
+
+
+def test_fewer_directions_take_less_of_the_sketches(tmp_path: Path) -> None:
+    def sketches(share: float, budget: float) -> plan.Step:
+        changes = {"sketch": {"directions": share}, "curvature": {"memory_budget_gb": budget}}
+        config = config_of(tmp_path, "EleutherAI/pythia-2.8b", **changes)
+        return next(step for step in plan.make_plan(config, "h100").steps if step.name == "sketches")
+
+    assert sketches(0.25, 80).operations < 0.6 * sketches(1, 80).operations
+    assert sketches(0.25, 8).memory < sketches(1, 8).memory + 1e9
+    swept, whole = sketches(0.25, 8).operations / sketches(0.25, 80).operations, sketches(1, 8).operations
+    assert swept < whole / sketches(1, 80).operations, "fewer sweeps too"
 
 
 def test_twice_the_corpus_takes_twice_the_sketches(tmp_path: Path) -> None:
