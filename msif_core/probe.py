@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from msif_core import models, scoring
+from msif_core import directions, models, scoring
 from msif_core.batching import Sequences, sequence_fingerprint
+from msif_core.chain import Chain, FilteredStage
 from msif_core.config import Config, Stage
 from msif_core.curvature.factors import Factors, MapFactors, write_tensors
 from msif_core.curvature.filters import Damped
 from msif_core.curvature.steps import Fit, bases_file, eigenvalues_file, input_file
-from msif_core.directions import Directions
 from msif_core.sketch import Sketcher
 
 LONGEST = 30.0
@@ -113,7 +113,9 @@ def _passes(config: Config, stage: Stage, model: nn.Module, sequences: Sequences
     device = next(model.parameters()).device
     query = {m.name: torch.randn(1, *m.shape, device=device) for m in maps}
     factors = _random_factors(folder, maps, str(device))
-    kept = {m.name: Directions.even(m, share) for m in maps}
+    chain = Chain((FilteredStage(factors, Damped(0.1)),))
+    # Of even eigenvalues narrow sides are kept first; of fitted ones mostly too.
+    kept = directions.choose(maps, chain, share, 0)
     sketcher = Sketcher(maps, factors, Damped(0.1), config.sketch, stage.task, kept)
 
     def fit(turn: int) -> Fit:  # a folder of its own: what stands is not built again
