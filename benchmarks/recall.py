@@ -147,12 +147,13 @@ def sketches(pipeline: Pipeline, learned: Learned) -> Iterator[tuple[str, Sketch
     yield "learned split, 32,000", folded(32_000, split), (ONE, FOUR, FULL, first)
     for dimensions in (16_384, 8_192, 2_048):
         yield f"learned split, {dimensions:,}", folded(dimensions, split), (ONE, FOUR)
-    for share in (1.0, 0.5, 0.25, 0.15, 0.08):
+    for share in (1.0, 0.5, 0.15, 0.08):
         yield f"directions {share:g}, 32,000", folded(32_000, sign(*directed(pipeline, share, weights))), (ONE,)
-    kept = sign(*directed(pipeline, 0.25, weights))
+    balanced, mask = directed(pipeline, 0.25, weights)
+    kept = sign(balanced, mask)
+    yield "directions 0.25, 32,000", folded(32_000, kept), (ONE,)
     for dimensions in (65_536, 20_480, 8_192, 2_048):
         yield f"directions 0.25, {dimensions:,}", folded(dimensions, kept), (ONE, FOUR)
-    _, mask = directed(pipeline, 0.25, weights)
     yield "directions 0.25, even split, 32,000", folded(32_000, sign(weights, mask)), (ONE,)
     yield "two-sided random 48 x 48", TwoSided.random(maps, weights, 48), (ONE, FULL)
     yield "two-sided learned 32 x 32", learned.two_sided(32), (ONE, FULL)

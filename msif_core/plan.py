@@ -9,12 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-import transformers
 from torch import nn
 
 from msif_core import footprint, probe, records, storage
@@ -23,6 +20,7 @@ from msif_core.curvature.fit import partitions, statistics
 from msif_core.devices import Rates, rates
 from msif_core.errors import InputError
 from msif_core.index import kind_for
+from msif_core.meta_models import meta_model
 from msif_core.models import TrackedMap, coverage, tracked_maps
 from msif_core.probe import PassTime
 from msif_core.scoring import COPIES, query_groups
@@ -40,29 +38,6 @@ TRAINING_SAMPLE = 512
 
 CHARACTERS_PER_TOKEN = 4.0
 """Of English text; used until a stage is tokenized."""
-
-_PYTHIA = {"model_type": "gpt_neox", "rotary_pct": 0.25, "max_position_embeddings": 2048, "use_parallel_residual": True}
-_BLOOM = {"model_type": "bloom", "vocab_size": 250880, "hidden_size": 1024, "n_layer": 24, "n_head": 16}
-KNOWN: dict[str, dict[str, Any]] = {
-    "EleutherAI/pythia-2.8b": _PYTHIA
-    | {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240}
-    | {"vocab_size": 50304},
-    "EleutherAI/pythia-6.9b": _PYTHIA
-    | {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 16384}
-    | {"vocab_size": 50432},
-    "EleutherAI/pythia-12b": _PYTHIA
-    | {"hidden_size": 5120, "num_hidden_layers": 36, "num_attention_heads": 40, "intermediate_size": 20480}
-    | {"vocab_size": 50688},
-    "databricks/dolly-v2-12b": _PYTHIA
-    | {"hidden_size": 5120, "num_hidden_layers": 36, "num_attention_heads": 40, "intermediate_size": 20480}
-    | {"vocab_size": 50280},
-    "databricks/dolly-v2-3b": _PYTHIA
-    | {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240}
-    | {"vocab_size": 50280},
-    "bigscience/bloom-560m": _BLOOM,
-    "bigscience/bloomz-560m": _BLOOM,
-}
-"""Configurations of hub models that are planned for without the hub."""
 
 
 @dataclass(frozen=True)
@@ -190,36 +165,6 @@ def _measured(config: Config, planned: _Planned, speed: Rates) -> _Planned:
         return planned
     kept = footprint.kept_share(config, work)
     return replace(planned, times=probe.measure(config, planned.stage, work.model, tokens, speed.device, kept))
-
-
-def meta_model(config: Config, stage: Stage) -> nn.Module:
-    """The stage's model without weights.
-
-    Raises:
-        InputError: no configuration of it can be read here.
-    """
-    known = KNOWN.get(stage.model)
-    try:
-        if known is not None and not Path(stage.model).exists():
-            kind = str(known["model_type"])
-            settings = transformers.AutoConfig.for_model(kind, **{k: v for k, v in known.items() if k != "model_type"})
-        else:
-            settings = transformers.AutoConfig.from_pretrained(
-                stage.model,
-                revision=stage.revision or "main",
-                trust_remote_code=config.compute.trust_remote_code,
-            )
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"stage {stage.name!r}: no configuration of {stage.model} can be read here ({str(error).splitlines()[0]}); "
-            "give a folder with its config.json"
-        ) from None
-    auto = {
-        "causal_lm": transformers.AutoModelForCausalLM,
-        "classification": transformers.AutoModelForSequenceClassification,
-    }[stage.task]
-    with torch.device("meta"):
-        return auto.from_config(settings, trust_remote_code=config.compute.trust_remote_code)
 
 
 def stage_plan(config: Config, stage: Stage, model: nn.Module, maps: list[TrackedMap], given: int | None) -> StagePlan:

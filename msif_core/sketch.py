@@ -121,18 +121,22 @@ class Sketcher:
         balanced: f^(1/2) times the directions' split. eigen: f^(1/2). kronecker: its rank-one fit, row times column.
         none: 1, of the gradient as it is. Zero where f is.
         """
-        f, kept = self._f(name), self.kept[name]
+        return self._whitening(name, self._f(name))
+
+    def query_weight(self, name: str) -> torch.Tensor:
+        """What is left of f for the query's side, [P r c]: the product of the two weights is f."""
+        f = self._f(name)
+        left = self.kept[name].take(f)
+        return torch.where(left > 0, left / self._whitening(name, f), 0)
+
+    def _whitening(self, name: str, f: torch.Tensor) -> torch.Tensor:
+        kept = self.kept[name]
         if self.settings.whitening == "none":
             return (kept.take(f) > 0).to(f.dtype)
         if self.settings.whitening == "kronecker":
             return kept.take(_rank_one(f.sqrt()))
         root = kept.take(f).sqrt()
         return root if self.settings.whitening == "eigen" else root * kept.split.to(root)
-
-    def query_weight(self, name: str) -> torch.Tensor:
-        """What is left of f for the query's side, [P r c]: the product of the two weights is f."""
-        f = self.kept[name].take(self._f(name))
-        return torch.where(f > 0, f / self.document_weight(name), 0)
 
     def _f(self, name: str) -> torch.Tensor:
         return self.filter.attributed(self.factors[name].eigenvalues)

@@ -54,11 +54,8 @@ def prepare(case: Case) -> Mapping[str, Step]:
         return scoring.score_sequences(model, maps, filtered, train, batch_tokens, task="causal_lm")
 
     def build(whitening: Any = "balanced") -> None:
-        sketch, factors, spectral = (
-            SketchSettings(whitening=whitening),
-            Factors.open(folder),
-            Damped(settings["damping"]),
-        )
+        sketch, factors = SketchSettings(whitening=whitening), Factors.open(folder)
+        spectral = Damped(settings["damping"])
         kept = None
         if whitening != "none":
             chain = Chain((FilteredStage(factors, spectral),))
