@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from msif_core import losses
 from msif_core.config import Config
 from msif_core.curvature.fit import partitions, statistics
 from msif_core.curvature.gradients import CACHED_ENTRIES, CHUNK_ENTRIES
-from msif_core.losses import CHUNK_ENTRIES as SOFTMAX_ENTRIES
 from msif_core.work import Work
 
 PROCESS = 0.45e9
@@ -33,20 +33,20 @@ SIGN_BYTES = 12
 
 
 def activations(config: Config, work: Work) -> float:
-    """What a batch holds between its forward and its backward: inputs and outputs of the maps, logits."""
+    """What a batch holds between its forward and its backward: the maps' inputs and outputs, logits, their gradient."""
     tokens = max(config.compute.batch_tokens, work.tokens)
     width = getattr(torch, config.compute.dtype).itemsize
     settings: Any = work.model.config
     layers = sum(m.d_in + m.d_out for m in work.maps if m.d_out < settings.vocab_size)
-    logits = settings.vocab_size * (width + 3 * max(4, width))
-    return tokens * (width * layers + logits)
+    return float(tokens * width * (layers + 2 * settings.vocab_size))
 
 
-def sampling(config: Config, work: Work) -> float:
+def sampling(config: Config, work: Work, accelerator: bool) -> float:
     """Float64 softmax and its sums, where labels are drawn."""
     settings: Any = work.model.config
     tokens = max(config.compute.batch_tokens, work.tokens)
-    return 24.0 * min(SOFTMAX_ENTRIES, tokens * settings.vocab_size)
+    most = losses.CHUNK_ENTRIES if accelerator else losses.CACHED_ENTRIES
+    return 24.0 * min(most, tokens * int(settings.vocab_size))
 
 
 def gradients(config: Config, work: Work, accelerator: bool) -> float:
@@ -65,8 +65,8 @@ def of_fit(config: Config, work: Work, model: float, parts: int, accelerator: bo
     """Bytes at the peak of covariances, eigenbases and eigenvalues."""
     covariances, values = _sweeps(config, work)
     n = max([*work.inputs, *(m.pieces[1] for m in work.maps)])
-    held, drawn = of_pass(config, work, model, accelerator), sampling(config, work)
-    mapped = 0.0 if accelerator else parts * max(covariances)
+    held, drawn = of_pass(config, work, model, accelerator), sampling(config, work, accelerator)
+    mapped = 0.0 if accelerator else parts * 4.0 * n * n
     return {
         "covariances": held + max(covariances) + drawn,
         "eigenbases": PROCESS + model + EIGH_COPIES * 8.0 * n * n + mapped,

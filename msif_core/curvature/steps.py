@@ -82,12 +82,13 @@ class Fit:
         The costliest are dealt out first, so that the shares are alike.
         """
         device = next(self.model.parameters()).device
-        sums: dict[int, list[Any]] = {}
         written = []
         for matrix in self._matrices[part::parts]:
-            if matrix.group not in sums:
-                sums[matrix.group] = self._open("covariance", parts, matrix.group)
-            build = _eigenbasis(matrix, sums[matrix.group], device)
+
+            def build(temporary: Path, matrix: _Matrix = matrix) -> None:
+                total, dtype = add_up(matrix.key, self._open("covariance", parts, matrix.group))
+                write_tensors(temporary, {matrix.name: torch.linalg.eigh(total.to(device)).eigenvectors.to(dtype)})
+
             written.append(storage.build_once(self.folder / matrix.file, build))
         return written
 
@@ -117,12 +118,11 @@ class Fit:
     def finish(self, parts: int) -> Path:
         """Means over sequences of the squared rotated gradients; returns the finished factors' folder."""
         for group, maps in enumerate(self.groups):
-            sums = self._open("eigenvalues", parts, group)
-            count = _total("sequences", sums)
+            count = _total("sequences", self._open("eigenvalues", parts, group))
             for m in maps:
 
-                def build(temporary: Path, name: str = m.name, sums: list[Any] = sums, count: int = count) -> None:
-                    total, dtype = add_up(name, sums)
+                def build(temporary: Path, name: str = m.name, group: int = group, count: int = count) -> None:
+                    total, dtype = add_up(name, self._open("eigenvalues", parts, group))
                     write_tensors(temporary, {"eigenvalues": (total / count).to(dtype)})
 
                 storage.build_once(self.folder / eigenvalues_file(m.name), build)
@@ -164,7 +164,10 @@ class Fit:
         return storage.build_once(self._file(kind, part, group), build)
 
     def _open(self, kind: str, parts: int, group: int) -> list[Any]:
-        """The parts' files of one group of maps, leaving out parts that the sample missed."""
+        """The parts' files of one group of maps, leaving out parts that the sample missed.
+
+        Opened anew for each map: what was read of a file stays in memory as long as it is open.
+        """
         files = [safe_open(self._file(kind, part, group), framework="pt") for part in range(parts)]
         found = [file for file in files if int(file.get_tensor("sequences"))]
         if not found:
@@ -194,14 +197,6 @@ class Fit:
                 dropped |= set(bad.fingerprints)
                 self.quarantine(part, bad.document_ids)
                 storage.write_json(record, sorted(dropped))
-
-
-def _eigenbasis(matrix: _Matrix, sums: list[Any], device: torch.device) -> Callable[[Path], None]:
-    def build(temporary: Path) -> None:
-        total, dtype = add_up(matrix.key, sums)
-        write_tensors(temporary, {matrix.name: torch.linalg.eigh(total.to(device)).eigenvectors.to(dtype)})
-
-    return build
 
 
 def read_bases(folder: Path, tracked: TrackedMap, device: torch.device) -> MapFactors:
