@@ -71,9 +71,7 @@ def capture(model: Any, maps: list[TrackedMap], batch: Batch, loss: Loss, consum
         if not waiting[group]:
             del shared[group]
         gradient = gradient[:, None] if gradient.ndim == 2 else gradient
-        if tracked.permutation is not None:
-            gradient = gradient[..., torch.as_tensor(tracked.permutation, device=gradient.device)]
-        consume(tracked, a, gradient.unflatten(-1, tracked.shape[:2]))
+        consume(tracked, a, tracked.blocks(gradient))
 
     with PASS, precision(getattr(model, "tf32", False)), ExitStack() as hooks, torch.enable_grad():
         for tracked in maps:

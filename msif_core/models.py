@@ -43,7 +43,7 @@ class TrackedMap:
         groups: G.
         cuts: diagonal pieces that the S of each block is cut into (`curvature.block_size`); they share the block's mean
             eigenvalue, which relative damping refers to.
-        permutation: order of the output rows in which the blocks are contiguous; None where they are.
+        heads: output rows lie as [heads, G, b / heads]; 1 where the blocks are contiguous.
         input_group: name shared by the maps that read the same input.
     """
 
@@ -52,7 +52,7 @@ class TrackedMap:
     d_out: int
     bias: bool
     groups: int
-    permutation: tuple[int, ...] | None
+    heads: int
     input_group: str
     cuts: int = 1
 
@@ -60,6 +60,10 @@ class TrackedMap:
     def shape(self) -> tuple[int, int, int]:
         """[G, b, d_in], the shape of the map's gradient."""
         return (self.groups, self.d_out // self.groups, self.d_in)
+
+    def blocks(self, rows: torch.Tensor) -> torch.Tensor:
+        """Output rows [..., d_out] as the blocks that they form: [..., G, b]."""
+        return rows.unflatten(-1, (self.heads, self.groups, -1)).transpose(-3, -2).flatten(-2)
 
     @property
     def pieces(self) -> tuple[int, int]:
@@ -224,7 +228,7 @@ def tracked_maps(model: Any, settings: CurvatureSettings) -> list[TrackedMap]:
 def _describe(model: nn.Module, name: str, module: Any, settings: CurvatureSettings, is_head: bool) -> TrackedMap:
     weight = module.weight
     d_in, d_out = weight.shape if isinstance(module, Conv1D) else reversed(weight.shape)
-    groups, permutation = (1, None) if is_head else _blocks(model, name, int(d_out), settings.qkv_split)
+    groups, heads = (1, 1) if is_head else _blocks(model, name, int(d_out), settings.qkv_split)
     cuts = _cuts(int(d_out) // groups, settings.block_size or (WIDEST_BLOCK if is_head else int(d_out)))
     parent, _, leaf = name.rpartition(".")
     siblings = next((s for s in SIBLINGS if leaf in s), None)
@@ -232,19 +236,19 @@ def _describe(model: nn.Module, name: str, module: Any, settings: CurvatureSetti
     has_bias = module.bias is not None
     if siblings and has_bias:  # a sibling without a bias has another homogeneous input
         group += "+1"
-    return TrackedMap(name, int(d_in) + has_bias, int(d_out), has_bias, groups, permutation, group, cuts)
+    return TrackedMap(name, int(d_in) + has_bias, int(d_out), has_bias, groups, heads, group, cuts)
 
 
-def _blocks(model: Any, name: str, d_out: int, split: str) -> tuple[int, tuple[int, ...] | None]:
-    """Blocks of a query-key-value map, from each architecture's own layout of its output rows."""
+def _blocks(model: Any, name: str, d_out: int, split: str) -> tuple[int, int]:
+    """Blocks of a query-key-value map, and heads that their rows are dealt out to: each architecture's own layout."""
     leaf = name.rpartition(".")[2]
     config = model.config
     if split == "none" or leaf not in FUSED | SIBLINGS[0] | SIBLINGS[2]:
-        return 1, None
+        return 1, 1
     heads: int = config.num_attention_heads
     if leaf not in FUSED:  # separate maps, keys and values possibly grouped
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return (d_out // head_dim if split == "head" else 1), None
+        return (d_out // head_dim if split == "head" else 1), 1
     layout = LAYOUTS.get((config.model_type, leaf))
     if layout is None:
         raise InputError(
@@ -252,11 +256,8 @@ def _blocks(model: Any, name: str, d_out: int, split: str) -> tuple[int, tuple[i
             f"(known: {sorted(LAYOUTS)}); set curvature.qkv_split: none, or add it to models.LAYOUTS"
         )
     if split == "head":
-        return 3 * heads, None
-    if layout == "qkv":
-        return 3, None
-    rows = torch.arange(d_out, device="cpu").view(heads, 3, -1)
-    return 3, tuple(rows.transpose(0, 1).reshape(-1).tolist())
+        return 3 * heads, 1
+    return 3, heads if layout == "head" else 1
 
 
 def _cuts(rows: int, widest: int) -> int:

@@ -41,7 +41,7 @@ def weight_gradient(model: Any, m: TrackedMap, batch: Batch, task: str) -> torch
         p.requires_grad_(False)
     weight = gradients[0].mT if isinstance(module, Conv1D) else gradients[0]
     full = torch.cat([weight, gradients[1][:, None]], dim=1) if m.bias else weight
-    order = list(m.permutation) if m.permutation else list(range(m.d_out))
+    order = m.blocks(torch.arange(m.d_out)).flatten()
     return full[order].reshape(m.shape)
 
 
@@ -104,7 +104,7 @@ def test_a_map_that_does_not_reach_the_loss_is_refused(called: bool, alone: bool
     if called:
         model.get_input_embeddings().register_forward_hook(call_aside)
     others = [] if alone else tracked_maps(make_model("gpt_neox"), CurvatureSettings())
-    aside = TrackedMap("aside", 5, 4, True, 1, None, "aside")
+    aside = TrackedMap("aside", 5, 4, True, 1, 1, "aside")
     with pytest.raises(InputError, match="aside: does not reach the loss"):
         capture(model, [*others, aside], only(make_sequences(2)), target_loss("causal_lm"), lambda *_: None)
 
@@ -185,7 +185,7 @@ def test_fused_blocks_against_the_models_own_attention(architecture: str) -> Non
     model = make_model(architecture)
     m = next(m for m in tracked_maps(model, CurvatureSettings(qkv_split="head")) if m.groups == 6)
     p = next(m for m in tracked_maps(model, CurvatureSettings(qkv_split="projection")) if m.groups == 3)
-    order = torch.tensor(p.permutation or tuple(range(p.d_out)))
+    order = p.blocks(torch.arange(p.d_out)).flatten()
     module = model.get_submodule(m.name)
     parent = m.name.rpartition(".")[0]
     output = model.get_submodule(f"{parent}.{'c_proj' if architecture == 'gpt2' else 'dense'}")

@@ -29,9 +29,9 @@ def chain_of(maps: list[TrackedMap], stages: int = 2) -> Chain:
 def two_maps() -> list[TrackedMap]:
     """Of one input group, the second with two blocks that are cut in half."""
     return [
-        TrackedMap("m0", 7, 5, False, 1, None, "shared"),
-        TrackedMap("m1", 7, 12, False, 2, None, "shared", cuts=2),
-        TrackedMap("m2", 4, 6, False, 1, None, "own"),
+        TrackedMap("m0", 7, 5, False, 1, 1, "shared"),
+        TrackedMap("m1", 7, 12, False, 2, 1, "shared", cuts=2),
+        TrackedMap("m2", 4, 6, False, 1, 1, "own"),
     ]
 
 

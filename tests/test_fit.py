@@ -170,7 +170,7 @@ def test_tokens_or_gradients_rotated_are_the_same(cuts: int) -> None:
     def basis(*shape: int) -> torch.Tensor:
         return torch.linalg.qr(torch.randn(*shape, dtype=torch.float64))[0]
 
-    m = TrackedMap("m", 6, 8, False, 2, None, "m", cuts)
+    m = TrackedMap("m", 6, 8, False, 2, 1, "m", cuts)
     f = MapFactors(basis(6, 6), basis(*m.pieces, m.pieces[1]), torch.empty(0))
     whole = torch.block_diag(*f.Q_S)
     for tokens in (2, 50):  # both sides of the switch
@@ -201,7 +201,7 @@ def test_blocks_cover_every_gradient_once(
 ) -> None:
     monkeypatch.setattr("msif_core.curvature.gradients.CACHED_ENTRIES", 2 * 3 * 6)
     monkeypatch.setattr("msif_core.curvature.gradients.CPU_ROWS", 3)
-    m = TrackedMap("m", 6, 8, False, 2, None, "m")
+    m = TrackedMap("m", 6, 8, False, 2, 1, "m")
     a, d = torch.randn(5, 7, 6, dtype=torch.float64), torch.randn(5, 7, 2, 4, dtype=torch.float64)
     found, parts = torch.zeros(5, 8, 6, dtype=torch.float64), []
     for part, rows, gradients in PerSequenceGradients(torch.float64, together=together).blocks(m, a, d):

@@ -47,7 +47,7 @@ def make(maps: list[TrackedMap], factors: Any, dimensions: int, whitening: str =
 
 def synthetic(widths: list[tuple[int, int, int]]) -> list[TrackedMap]:
     """Maps without a model."""
-    return [TrackedMap(f"m{i}", d, g * b, False, g, None, f"m{i}") for i, (g, b, d) in enumerate(widths)]
+    return [TrackedMap(f"m{i}", d, g * b, False, g, 1, f"m{i}") for i, (g, b, d) in enumerate(widths)]
 
 
 @pytest.fixture(scope="module")

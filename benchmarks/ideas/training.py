@@ -87,6 +87,4 @@ def of_map(values: dict[str, torch.Tensor], m: TrackedMap) -> torch.Tensor:
     table = values[f"{m.name}.weight"]
     if m.bias:
         table = torch.cat([table, values[f"{m.name}.bias"][:, None]], 1)
-    if m.permutation is not None:
-        table = table[torch.as_tensor(m.permutation)]
-    return table.reshape(m.shape).clone()
+    return table[m.blocks(torch.arange(m.d_out)).flatten()].reshape(m.shape)

@@ -29,8 +29,7 @@ def gradients(model, maps, ids, labels, task):
         G = module.weight.grad if type(module).__name__ == "Linear" else module.weight.grad.T
         if m.bias:
             G = torch.cat([G, module.bias.grad[:, None]], dim=1)
-        found[m.name] = G[list(m.permutation)] if m.permutation else G
-        found[m.name] = found[m.name].reshape(m.shape).clone()
+        found[m.name] = G[m.blocks(torch.arange(m.d_out)).flatten()].reshape(m.shape).clone()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None

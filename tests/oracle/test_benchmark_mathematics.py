@@ -20,7 +20,7 @@ from msif_core.models import TrackedMap, tracked_maps
 from msif_core.sketch import Sketcher
 from tests.conftest import make_model, make_sequences
 
-MAPS = [TrackedMap("first", 7, 12, False, 3, None, "first"), TrackedMap("second", 5, 8, False, 1, None, "second")]
+MAPS = [TrackedMap("first", 7, 12, False, 3, 1, "first"), TrackedMap("second", 5, 8, False, 1, 1, "second")]
 TOTAL = sum(m.size for m in MAPS)
 
 

@@ -112,7 +112,7 @@ def test_blocks_of_the_fused_map_are_the_architectures_queries_keys_and_values()
     for architecture, heads in (("gpt_neox", 2), ("bloom", 2)):
         model = make_model(architecture)
         fused = next(m for m in models.tracked_maps(model, CurvatureSettings()) if "query_key_value" in m.name)
-        rows = torch.tensor(fused.permutation).view(3, heads, -1)
+        rows = fused.blocks(torch.arange(fused.d_out)).view(3, heads, -1)
         assert rows[0, 0].tolist() == [0, 1, 2, 3]
         assert rows[1, 0].tolist() == [4, 5, 6, 7]
         assert rows[0, 1].tolist() == [12, 13, 14, 15]

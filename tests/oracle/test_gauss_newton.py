@@ -41,10 +41,10 @@ def dense_gauss_newton(model: Any, m: TrackedMap, sequences: Sequences, task: st
     module = model.get_submodule(m.name)
     ids = torch.from_numpy(sequences.input_ids[0].astype(np.int64))[None]
     rows = [t - 1 for t in positions_of(sequences, task)]
-    order = list(m.permutation) if m.permutation else list(range(m.d_out))
+    order = m.blocks(torch.arange(m.d_out)).flatten()
 
     def logits(weight: torch.Tensor) -> torch.Tensor:  # weight [d_out, d_in], rows in the blocks' order
-        plain = torch.empty_like(weight).index_copy(0, torch.tensor(order), weight)
+        plain = torch.empty_like(weight).index_copy(0, order, weight)
         matrix = plain[:, : m.d_in - m.bias]
         replaced = {f"{m.name}.weight": matrix.mT if isinstance(module, Conv1D) else matrix}
         if m.bias:
