@@ -13,19 +13,21 @@ import os
 import shutil
 import statistics
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
+import torch
 import transformers
 
 from benchmarks import inputs, machine, tables
 from benchmarks.peers import msif_side
 from benchmarks.peers.protocol import Case, Side
 from msif_core import models
+from msif_core.curvature.fit import covariance_sums
 from msif_core.work import Work
 
 REPEATS = 5
@@ -87,22 +89,49 @@ def start(case: Case, notes: list[str]) -> dict[str, Side]:
     return found
 
 
-def compare(
-    case: Case, repeats: int, notes: list[str]
-) -> tuple[dict[str, dict[str, list[float]]], dict[str, Any], float]:
-    """Seconds of each side's steps in interleaved rounds, after one to warm up; peaks and score matrices; matrix rate.
+@dataclass
+class Rates:
+    """Of this process, in the same rounds: seconds of a matrix product and of the model's eigendecompositions."""
 
-    A step's peak is the largest resident size of its process while it ran, in any round. The matrix rate is the best
-    of this process, in the same rounds.
+    product: Callable[[], object]
+    operations: float
+    eigenbases: Callable[[], object]
+    products: list[float] = field(default_factory=list)
+    decompositions: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, case: Case, setting: Setting) -> Rates:
+        """Of covariances that are the model's own: how long a decomposition takes depends on the spectrum."""
+        model, sequences = setting.size.model(), inputs.as_sequences(case.tokens("train"))
+        maps, batch = models.tracked_maps(model, msif_side.CURVATURE), setting.batch * setting.size.tokens
+        sums = covariance_sums(model, maps, sequences, task="causal_lm", seed=0, batch_tokens=batch)
+        matrices = [matrix.double() for matrix in sums.values()]
+        return cls(*machine.matrix_product(), lambda: [torch.linalg.eigh(matrix) for matrix in matrices])
+
+    def measure(self) -> None:
+        """One round."""
+        self.products += [machine.seconds(self.product) for _ in range(3)]
+        self.decompositions.append(machine.seconds(self.eigenbases))
+
+    @property
+    def matrix(self) -> float:
+        """Operations a second, the median."""
+        return self.operations / statistics.median(self.products)
+
+
+def compare(
+    case: Case, rates: Rates, repeats: int, notes: list[str]
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, Any]]:
+    """Seconds of each side's steps in interleaved rounds, after one to warm up; peaks and score matrices.
+
+    A step's peak is the largest resident size of its process while it ran, in any round.
     """
-    product, operations = machine.matrix_product()
-    products = []
     sides = start(case, notes)
     times: dict[str, dict[str, list[float]]] = {name: {} for name in sides}
     seen: dict[str, Any] = {name: {"peaks": {}} for name in sides}
     steps = list(dict.fromkeys(step for side in sides.values() for step in side.steps))
     for turn in range(repeats + 1):
-        products += [machine.seconds(product) for _ in range(3)]
+        rates.measure()
         for step in steps:
             for name, side in list(sides.items()):
                 if step not in side.steps:
@@ -120,7 +149,7 @@ def compare(
                     seen[name]["scores"] = answer["matrix"]
     for side in sides.values():
         side.close()
-    return times, seen, operations / min(products)
+    return times, seen
 
 
 def agreement(reference: np.ndarray, other: np.ndarray) -> tuple[float, float]:
@@ -129,29 +158,31 @@ def agreement(reference: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     return correlation, float(np.abs(reference - other).max() / np.abs(reference).max())
 
 
-def floors(setting: Setting) -> dict[str, float]:
-    """Operations that the steps cannot do without, but for eigendecompositions, which are no matrix products."""
+def floors(setting: Setting, rates: Rates) -> dict[str, float]:
+    """Seconds that the steps cannot do without: counted operations at the matrix rate, and eigendecompositions.
+
+    The latter are torch's own, alone and as every side calls them.
+    """
     model = setting.size.model()
     work = Work(model, models.tracked_maps(model, msif_side.CURVATURE), setting.size.tokens)
     gradient = work.linear() + work.gradients()
     rotated = gradient + work.rotation()
-    return {
-        "fit": setting.train * (work.linear() + work.covariance() + rotated),
-        "scores": setting.queries * (rotated + work.unrotation())
-        + setting.train * (gradient + 2.0 * work.tracked * setting.queries),
-    }  # fmt: skip
+    fit = setting.train * (work.linear() + work.covariance() + rotated)
+    scores = setting.queries * (rotated + work.unrotation())
+    scores += setting.train * (gradient + 2.0 * work.tracked * setting.queries)
+    return {"fit": fit / rates.matrix + statistics.median(rates.decompositions), "scores": scores / rates.matrix}
 
 
 def tabulate(
     setting: Setting,
     times: Mapping[str, Mapping[str, list[float]]],
     seen: Mapping[str, Any],
-    rate: float,
+    rates: Rates,
     notes: list[str],
 ) -> list[tables.Table]:
     """One row a side: milliseconds a sequence and how much slower than msif; peak memory; agreement of the scores."""
     medians = {name: {s: statistics.median(v) for s, v in steps.items()} for name, steps in times.items()}
-    medians[FLOOR] = {step: operations / rate for step, operations in floors(setting).items()}
+    medians[FLOOR] = floors(setting, rates)
     steps = list(dict.fromkeys(step for found in medians.values() for step in found))
     times_rows: list[list[tables.Cell]] = []
     for name, found in medians.items():
@@ -173,8 +204,9 @@ def tabulate(
         f"{setting.queries} queries, batches of {setting.batch}; empirical Fisher, damping 0.1 of the mean "
         "eigenvalue. Scores include the queries' gradients. msif's index: 32,000-dimensional sketches to 1-bit codes; "
         f"bergson's: gradients projected to 16 x 16 a map (or whole), never whitened. Medians of {REPEATS} "
-        f"interleaved rounds. {FLOOR}: operations counted in msif_core/work.py, eigendecompositions left out, "
-        f"at the matrix rate of the same rounds, {rate / 1e9:.0f} GFLOP/s."
+        f"interleaved rounds. {FLOOR}: operations counted in msif_core/work.py at the matrix rate of the same "
+        f"rounds, {rates.matrix / 1e9:.0f} GFLOP/s; in the fit also the eigendecompositions alone, as every side calls "
+        f"them: {1e3 * statistics.median(rates.decompositions) / setting.train:.3g} ms a sequence."
     )
     columns = ["", *(part for step in steps for part in (f"{step}, ms a sequence", "times msif"))]
     others = ["", *(f"{step}, peak MiB" for step in steps)]
@@ -199,7 +231,8 @@ def main() -> None:
     setting = replace(setting, **changes)
     notes: list[str] = []
     case = write_case(options.out / "peers-case", setting)
-    found = tabulate(setting, *compare(case, REPEATS, notes), notes)
+    rates = Rates.of(case, setting)
+    found = tabulate(setting, *compare(case, rates, REPEATS, notes), rates, notes)
     tables.save(options.out / "peers.json", found)
     print("\n".join(table.markdown() for table in found))
 
