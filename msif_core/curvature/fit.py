@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from msif_core import aligned
 from msif_core.batching import Sequences, batches
 from msif_core.capture import Consume, capture
 from msif_core.curvature.factors import MapFactors
@@ -80,7 +81,7 @@ def covariance_sums(
 
     def add(key: str, rows: torch.Tensor) -> None:
         if key not in sums:
-            sums[key] = rows.new_zeros(rows.shape[0], rows.shape[-1], rows.shape[-1], dtype=dtype)
+            sums[key] = aligned.zeros(rows, len(rows), *2 * rows.shape[-1:], dtype=dtype)
         add_products(sums[key], rows.to(dtype))
 
     def consume(tracked: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> None:
@@ -90,9 +91,10 @@ def covariance_sums(
 
     owners = {m.name for m in {m.input_group: m for m in maps}.values()}  # one map of each group adds its inputs
     capture_all(model, maps, sequences, batch_tokens, sampled_loss(task, seed), consume)
-    for total in sums.values():
+    for name, total in sums.items():
         mirror(total)
-    return {name: total[0] if name.startswith("A/") else total for name, total in sums.items()}
+        sums[name] = (total[0] if name.startswith("A/") else total).contiguous()
+    return sums
 
 
 def add_products(total: torch.Tensor, rows: torch.Tensor) -> None:

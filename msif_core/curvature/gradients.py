@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from msif_core import aligned
 from msif_core.curvature.factors import Factors, MapFactors
 from msif_core.models import TrackedMap
 
@@ -78,7 +79,7 @@ class RotatedGradients:
         tokens = a.shape[1] * (Q_A.numel() + Q_S.numel() + rows * c)
         if tokens <= m.size * (a.shape[1] + c) + Q_S.numel() * c:
             if self._rotated is None or a is not self._inputs:
-                self._inputs, self._rotated = a, a.to(self._dtype) @ Q_A
+                self._inputs, self._rotated = a, aligned.product(a.to(self._dtype), Q_A)
             yield from self._gradients.blocks(m, self._rotated, rotate_outputs(d.to(self._dtype), Q_S))
         else:
             a, d = a.to(self._dtype), d.to(self._dtype).flatten(2)
@@ -100,5 +101,5 @@ def slices(count: int, step: int) -> Iterator[slice]:
 def rotate_outputs(d: torch.Tensor, Q_S: torch.Tensor) -> torch.Tensor:
     """D [N, T, G, b] times Q_S [P, p, r], as blocks on a diagonal: [N, T, P, r]."""
     if Q_S.shape[0] == 1:
-        return d @ Q_S[0]
+        return aligned.product(d, Q_S[0])
     return torch.einsum("ntgb,gbc->ntgc", d.reshape(*d.shape[:2], *Q_S.shape[:2]), Q_S)
