@@ -47,23 +47,24 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        norms = logits.new_empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
-        rows = block_rows(logits)
-        for own, norm in zip(logits.split(rows), norms.split(rows), strict=True):
-            norm.copy_(own.to(norm.dtype).logsumexp(dim=-1))
-        ctx.save_for_backward(logits, targets, norms)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        tops, norms = logits.amax(dim=1).to(wide), logits.new_empty(len(logits), dtype=wide)
+        parts = (x.split(block_rows(logits)) for x in (logits, tops[:, None], norms))
+        for own, top, norm in zip(*parts, strict=True):
+            torch.sum((own - top).exp_(), dim=1, out=norm).log_()
+        ctx.save_for_backward(logits, targets, tops, norms)
         chosen = logits.gather(1, targets.clamp_min(0)[:, None])[:, 0]
-        return torch.where(targets == IGNORED, 0, norms - chosen)
+        return torch.where(targets == IGNORED, 0, norms - (chosen - tops))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        logits, targets, norms = ctx.saved_tensors
+        logits, targets, tops, norms = ctx.saved_tensors
         found, scale = torch.empty_like(logits), gradient.where(targets != IGNORED, 0)
-        by_row = (x[:, None] for x in (targets.clamp_min(0), norms, scale))
+        by_row = (x[:, None] for x in (targets.clamp_min(0), tops, norms, scale))
         parts = (x.split(block_rows(logits)) for x in (logits, found, *by_row))
-        for own, out, target, norm, g in zip(*parts, strict=True):
-            p = (own - norm).exp_().mul_(g)
+        for own, out, target, top, norm, g in zip(*parts, strict=True):
+            p = (own - top).sub_(norm).exp_().mul_(g)
             out.copy_(p.scatter_add_(1, target, -g))
         return found, None
 

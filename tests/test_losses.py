@@ -37,6 +37,20 @@ def test_losses_and_gradients_are_those_of_torch(dtype: torch.dtype) -> None:
     assert not of_found[targets == IGNORED].any()
 
 
+def test_a_sure_prediction_is_as_exact_as_torch_has_it() -> None:
+    """Logits far from zero, as GPT-2's are: their norm's own rounding would be larger than what is left of the loss."""
+    logits = torch.full((1, 4, 50), -120.0) + torch.arange(50) % 7
+    targets = torch.tensor([[0, 13, 20, 48]])
+    logits.scatter_(2, targets[..., None], -100.0)
+    exact = logits.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact.mT, targets, reduction="none")
+    logits.requires_grad_()
+    found = losses.negative_log_likelihoods(logits, targets)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-7)
+    of_expected, of_found = (torch.autograd.grad(x.sum(), at)[0] for x, at in ((expected, exact), (found, logits)))
+    torch.testing.assert_close(of_found.double(), of_expected, rtol=1e-6, atol=1.2e-7)
+
+
 def test_nothing_of_the_logits_size_is_kept_but_the_logits() -> None:
     logits, targets, _ = random_case(torch.bfloat16)
     kept: list[torch.Tensor] = []
