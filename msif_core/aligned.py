@@ -12,14 +12,18 @@ ROW = 16
 """Entries of a row are held in multiples of this."""
 
 
+def _held(n: int) -> int:
+    return -(-n // ROW) * ROW
+
+
 def zeros(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Zeros on the device of `like`, and of its dtype where none is given."""
-    return like.new_zeros(*shape[:-1], -(-shape[-1] // ROW) * ROW, dtype=dtype)[..., : shape[-1]]
+    return like.new_zeros(*shape[:-1], _held(shape[-1]), dtype=dtype)[..., : shape[-1]]
 
 
 def product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """X [..., k] times y [k, n], without a gradient: [..., n]."""
     n = y.shape[1]
-    out = x.new_empty(*x.shape[:-1], -(-n // ROW) * ROW)[..., :n]
+    out = x.new_empty(*x.shape[:-1], _held(n))[..., :n]
     torch.mm(x.flatten(0, -2), y, out=out.flatten(0, -2))
     return out

@@ -13,23 +13,16 @@ from msif_core.config import Config, Stage
 from msif_core.errors import InputError
 
 _PYTHIA = {"model_type": "gpt_neox", "rotary_pct": 0.25, "max_position_embeddings": 2048, "use_parallel_residual": True}
+_PYTHIA_3B = {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240}
+_PYTHIA_7B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 16384}
+_PYTHIA_12B = {"hidden_size": 5120, "num_hidden_layers": 36, "num_attention_heads": 40, "intermediate_size": 20480}
 _BLOOM = {"model_type": "bloom", "vocab_size": 250880, "hidden_size": 1024, "n_layer": 24, "n_head": 16}
 KNOWN: dict[str, dict[str, Any]] = {
-    "EleutherAI/pythia-2.8b": _PYTHIA
-    | {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240}
-    | {"vocab_size": 50304},
-    "EleutherAI/pythia-6.9b": _PYTHIA
-    | {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 16384}
-    | {"vocab_size": 50432},
-    "EleutherAI/pythia-12b": _PYTHIA
-    | {"hidden_size": 5120, "num_hidden_layers": 36, "num_attention_heads": 40, "intermediate_size": 20480}
-    | {"vocab_size": 50688},
-    "databricks/dolly-v2-12b": _PYTHIA
-    | {"hidden_size": 5120, "num_hidden_layers": 36, "num_attention_heads": 40, "intermediate_size": 20480}
-    | {"vocab_size": 50280},
-    "databricks/dolly-v2-3b": _PYTHIA
-    | {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240}
-    | {"vocab_size": 50280},
+    "EleutherAI/pythia-2.8b": _PYTHIA | _PYTHIA_3B | {"vocab_size": 50304},
+    "EleutherAI/pythia-6.9b": _PYTHIA | _PYTHIA_7B | {"vocab_size": 50432},
+    "EleutherAI/pythia-12b": _PYTHIA | _PYTHIA_12B | {"vocab_size": 50688},
+    "databricks/dolly-v2-12b": _PYTHIA | _PYTHIA_12B | {"vocab_size": 50280},
+    "databricks/dolly-v2-3b": _PYTHIA | _PYTHIA_3B | {"vocab_size": 50280},
     "bigscience/bloom-560m": _BLOOM,
     "bigscience/bloomz-560m": _BLOOM,
 }
