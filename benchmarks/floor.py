@@ -9,6 +9,7 @@ matrix rate, which is measured in the same rounds.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -155,15 +156,19 @@ def profile(passes: Passes, device: str) -> tables.Table:
     activity = torch.profiler.ProfilerActivity
     rows: list[list[tables.Cell]] = []
     for name in ("eigenvalues", "sketch", f"exact scores, {passes.size.queries} queries"):
-        kinds = [activity.CPU] if device == "cpu" else [activity.CPU, activity.CUDA]
-        with torch.profiler.profile(activities=kinds) as run:
+        with torch.profiler.profile(activities=[activity.CPU if device == "cpu" else activity.CUDA]) as run:
             passes.call(name)()
         key = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
         events = sorted(run.key_averages(), key=lambda e: -getattr(e, key))
         total = sum(getattr(e, key) for e in events)
-        shares = [f"{e.key.removeprefix('aten::')} {getattr(e, key) / total:.0%}" for e in events[:6]]
+        shares = [f"{kernel(e.key)} {getattr(e, key) / total:.0%}" for e in events[:6]]
         rows.append([name, ", ".join(shares)])
     return tables.Table(f"Profile: {passes.tracked / 1e6:.1f} M tracked parameters", ["pass", "operators"], rows)
+
+
+def kernel(name: str) -> str:
+    """An operator's or a GPU kernel's name without namespaces and template arguments."""
+    return re.sub(r"^void |\w+::", "", name).split("<")[0].split("(")[0][:60]
 
 
 def main() -> None:
@@ -174,6 +179,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tf32", action="store_true", help="products in TF32, where the device has it")
+    parser.add_argument("--size", choices=inputs.SIZES, help="one size alone, without the table of blocks")
     parser.add_argument("--tokens", type=int, help="tokens of a sequence")
     parser.add_argument("--sequences", type=int, help="sequences at each size")
     parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS)
@@ -184,8 +190,12 @@ def main() -> None:
     small, sizes = inputs.SIZES["3 M"], {label: inputs.SIZES[label] for label in ("10 M", "100 M")}
     if options.quick:
         (small,) = (sizes := inputs.QUICK).values()
-    blocked = replace(small, **{"sequences": 16, **changes}, queries=1)
-    found = [blocks(blocked, options.device, dtype, options.batch_tokens)]
+    found = []
+    if options.size:
+        sizes = {options.size: inputs.SIZES[options.size]}
+    else:
+        blocked = replace(small, **{"sequences": 16, **changes}, queries=1)
+        found.append(blocks(blocked, options.device, dtype, options.batch_tokens))
     for label, size in sizes.items():
         passes = Passes(replace(size, **changes), options.device, dtype, options.batch_tokens, inputs.curvature())
         found += [measure(label, passes, REPEATS, options.device, dtype), profile(passes, options.device)]

@@ -54,6 +54,7 @@ SIZES = {
     "3 M": Size(hidden=256, layers=4, heads=4, sequences=32, queries=64),
     "10 M": Size(hidden=384, layers=6, heads=6, sequences=32, queries=64),
     "100 M": Size(hidden=768, layers=14, heads=12, sequences=8, queries=8),
+    "800 M": Size(hidden=2048, layers=16, heads=8, sequences=8, queries=2),
 }
 QUICK = {"0.8 M": Size(hidden=128, layers=4, heads=4, sequences=64, queries=32)}
 
@@ -71,11 +72,12 @@ def as_sequences(tokens: np.ndarray) -> Sequences:
 
 
 def random_factors(maps: list[TrackedMap], device: str = "cpu") -> dict[str, MapFactors]:
-    """Orthogonal bases, one for all of a width, and positive eigenvalues: passes cost the same as with fitted ones."""
+    """Reflections as bases, positive eigenvalues: passes cost the same as with fitted ones."""
 
     @cache
     def basis(width: int) -> torch.Tensor:
-        return torch.linalg.qr(torch.randn(width, width, device=device))[0]
+        v = torch.nn.functional.normalize(torch.randn(width, device=device), dim=0)
+        return torch.eye(width, device=device).addr_(v, v, alpha=-2)
 
     return {
         m.name: MapFactors(

@@ -83,13 +83,19 @@ def matrix_product(device: str = "cpu", dtype: torch.dtype = torch.float32) -> t
     return (lambda: x @ x), 2.0 * n**3
 
 
-def peak_bytes() -> int:
-    """Largest resident size of this process so far. (ru_maxrss would count what the parent held at the fork.)"""
-    return memory("VmHWM")
+def peak_bytes(device: str = "cpu") -> int:
+    """Largest resident size of this process so far, or what torch held of the accelerator's memory at most.
+
+    (ru_maxrss would count what the parent held at the fork.)
+    """
+    return memory("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
 
 
-def reset_peak() -> None:
-    """Start a new largest resident size from what is held now, where the system can."""
+def reset_peak(device: str = "cpu") -> None:
+    """Start a new peak from what is held now, where the system can."""
+    if device != "cpu":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")

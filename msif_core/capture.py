@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from msif_core import products
 from msif_core.batching import IGNORED, Batch
 from msif_core.errors import InputError
 from msif_core.losses import Loss
@@ -25,9 +26,10 @@ PASS = RLock()
 def capture(model: Any, maps: list[TrackedMap], batch: Batch, loss: Loss, consume: Consume) -> None:
     """Run `batch` and hand each map's inputs and output gradients to `consume`, during the backward.
 
-    `consume(map, a, d)` gets a [N, T, d_in] (with a final 1 for a bias) and d [N, T, G, b], the gradient of
-    the summed loss with respect to the map's output. Rows of `a` that no target depends on are zero:
-    padding, and in a causal model the positions from the last target on; d is zero there by itself.
+    `consume(map, a, d)` gets a [N, T, d_in] (with a final 1 for a bias; on an accelerator then zeros up to
+    `products.width(d_in)`) and d [N, T, G, b], the gradient of the summed loss with respect to the map's
+    output. Rows of `a` that no target depends on are zero: padding, and in a causal model the positions from
+    the last target on; d is zero there by itself.
     Maps of one input group get the same tensor `a`. Both are freed when they have been consumed. A map that reads
     one vector a sequence (a pooler, a head) has T = 1. Products within, the consumer's too, are as `model.tf32` says.
     The graph starts at the first of `maps`: what comes before is run without one, and not gone back through.
@@ -65,7 +67,7 @@ def capture(model: Any, maps: list[TrackedMap], batch: Batch, loss: Loss, consum
     def backward_hook(tracked: TrackedMap, gradient: torch.Tensor) -> None:
         a, group = inputs.pop(tracked.name), tracked.input_group
         if group not in shared:
-            shared[group] = homogeneous(a, counted) if tracked.bias else masked(a, counted)
+            shared[group] = map_inputs(a, counted, tracked.bias)
         a = shared[group]
         waiting[group] -= 1
         if not waiting[group]:
@@ -130,17 +132,22 @@ def counted_positions(model: nn.Module, batch: Batch) -> torch.Tensor | None:
     return None if bool(mask.all()) else mask[..., None]
 
 
-def masked(a: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
-    """Inputs [N, T, d] that are zero where `counted` [N, T, 1] is not set."""
-    return a if counted is None or a.shape[1] != counted.shape[1] else a * counted.to(a.dtype)
+def map_inputs(a: torch.Tensor, counted: torch.Tensor | None, bias: bool) -> torch.Tensor:
+    """Inputs [N, T, d], with a coordinate of one for a bias, that are zero where `counted` [N, T, 1] is not set.
 
-
-def homogeneous(a: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
-    """The same with a last coordinate of one, [N, T, d + 1]."""
-    out = a.new_empty(*a.shape[:-1], a.shape[-1] + 1)
-    out[..., :-1] = a
-    out[..., -1] = 1
-    return out if counted is None or a.shape[1] != counted.shape[1] else out.mul_(counted.to(a.dtype))
+    Of `products.width` columns.
+    """
+    d = a.shape[-1]
+    mask = None if counted is None or a.shape[1] != counted.shape[1] else counted.to(a.dtype)
+    width = products.width(d + bias, a.device)
+    if width == d:
+        return a if mask is None else a * mask
+    out = a.new_empty(*a.shape[:-1], width)
+    out[..., :d] = a if mask is None else a * mask
+    out[..., d:] = 0
+    if bias:
+        out[..., d : d + 1] = 1 if mask is None else mask
+    return out
 
 
 def is_classifier(model: nn.Module) -> bool:

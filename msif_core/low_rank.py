@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from msif_core import products
 from msif_core.batching import Sequences, batches
 from msif_core.capture import capture
 from msif_core.curvature.fit import sum_dtype
@@ -88,7 +89,7 @@ def score_low_rank(
             a, d, held = a.to(dtype), d.to(dtype), queries[m.name]
             step = max(1, CHUNK_ENTRIES // (a.shape[0] * a.shape[1] * m.groups * held.W.shape[2]))
             for part in (slice(start, start + step) for start in range(0, count, step)):
-                U, W = held.U[part].to(a.device, dtype), held.W[part].to(a.device, dtype)
+                U, W = held.U[part].to(a.device, dtype), products.padded(held.W[part].to(a.device, dtype), a.shape[-1])
                 inputs = (a @ W.flatten(0, 2).mT).unflatten(-1, (-1, *W.shape[1:3]))
                 outputs = torch.einsum("ntgb,qgbr->ntqgr", d, U)
                 total[part] += inputs.mul_(outputs).sum(dim=(1, 3, 4)).mT

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from msif_core import products
 from msif_core.batching import Batch, Sequences, batches
 from msif_core.capture import capture, forward
 from msif_core.curvature.factors import Factors
@@ -79,7 +80,7 @@ def query_gradients(
             total = found[m.name].flatten(1, 2)
             for part, rows, gradients in formed.blocks(m, a, d):
                 used = (at >= part.start) & (at < part.stop)
-                own = gradients[at[used] - part.start] * weights[used, None, None].to(dtype)
+                own = gradients[at[used] - part.start, :, : m.d_in] * weights[used, None, None].to(dtype)
                 total[:, rows].index_add_(0, owners[used], own)
 
         capture(model, maps, batch, target_loss(task), consume)
@@ -102,28 +103,28 @@ def score_sequences(
     device, dtype = next(model.parameters()).device, sum_dtype(model)
     maps = [m for m in maps if m.name in filtered]
     queries = next(iter(filtered.values())).shape[0]
-    flat = {name: v.to(device, dtype).flatten(1) for name, v in filtered.items()}
+    held = {m.name: products.padded(filtered[m.name].to(device, dtype), products.width(m.d_in, device)) for m in maps}
     scores = np.zeros((queries, len(sequences)), dtype=np.float64)
     formed = PerSequenceGradients(dtype, together=True)
     for batch in batches(sequences, batch_tokens, device):
         total = torch.zeros(queries, len(batch.rows), dtype=torch.float64, device=device)
 
         def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, total: torch.Tensor = total) -> None:
+            V = held[m.name].flatten(1, 2)
             if queries == 1:
-                total[0] += token_products(m, filtered[m.name][0], a.to(dtype), d.to(dtype)).sum(dim=1)
+                total[0] += token_products(V[0], a.to(dtype), d.to(dtype)).sum(dim=1)
             else:
                 for part, rows, gradients in formed.blocks(m, a, d):
-                    own = flat[m.name][:, rows.start * m.d_in : rows.stop * m.d_in]
-                    total[:, part] += own @ gradients.flatten(1).mT
+                    total[:, part] += V[:, rows].flatten(1) @ gradients.flatten(1).mT
 
         capture(model, maps, batch, target_loss(task), consume)
         scores[:, batch.rows] = total.cpu().numpy()
     return scores
 
 
-def token_products(m: TrackedMap, V: torch.Tensor, a: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-    """d_t^T V a_t of each token: [N, T], for one query's V [G, b, d_in]."""
-    return (d.flatten(2) * (a @ V.to(a.device, a.dtype).flatten(0, 1).mT)).sum(dim=-1)
+def token_products(V: torch.Tensor, a: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """d_t^T V a_t of each token: [N, T], for one query's V [G b, d_in]."""
+    return (d.flatten(2) * (a @ V.mT)).sum(dim=-1)
 
 
 def contributions(
@@ -147,11 +148,12 @@ def contributions(
     for batch in batches(sequences, batch_tokens, device):
 
         def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, batch: Batch = batch) -> None:
-            products = token_products(m, filtered[m.name][0], a.to(dtype), d.to(dtype)).cpu().numpy()
+            V = products.padded(filtered[m.name][0].to(device, dtype).flatten(0, 1), a.shape[-1])
+            found = token_products(V, a.to(dtype), d.to(dtype)).cpu().numpy()
             for i, row in enumerate(batch.rows):
-                by_map[row][m.name] = float(products[i].sum())
-                width = min(products.shape[1], len(by_token[row]))
-                by_token[row][:width] += products[i, :width].astype(np.float32)
+                by_map[row][m.name] = float(found[i].sum())
+                width = min(found.shape[1], len(by_token[row]))
+                by_token[row][:width] += found[i, :width].astype(np.float32)
 
         capture(model, maps, batch, target_loss(task), consume)
     return by_map, by_token
@@ -182,10 +184,10 @@ def query_contributions(
             a, d = a.to(dtype), d.to(dtype)
             step = max(1, CHUNK_ENTRIES // (d.numel() + 1))
             parts = [token_products_of(V, a, d) for V in documents[m.name].split(step)]
-            products = torch.cat(parts, dim=1).cpu().numpy()
+            split = torch.cat(parts, dim=1).cpu().numpy()
             for i, row in enumerate(batch.rows):
-                width = min(products.shape[2], found[row].shape[1])
-                found[row][:, :width] += products[i, :, :width].astype(np.float32)
+                width = min(split.shape[2], found[row].shape[1])
+                found[row][:, :width] += split[i, :, :width].astype(np.float32)
 
         capture(model, maps, batch, target_loss(task), consume)
     return found
@@ -193,7 +195,8 @@ def query_contributions(
 
 def token_products_of(V: torch.Tensor, a: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
     """d_t^T V a_t of each token and document: [N, D, T], for V [D, G, b, d_in]."""
-    reached = (a @ V.to(a.device, a.dtype).flatten(0, 2).mT).unflatten(-1, (len(V), -1))
+    V = products.padded(V.to(a.device, a.dtype), a.shape[-1])
+    reached = (a @ V.flatten(0, 2).mT).unflatten(-1, (len(V), -1))
     return (reached * d.flatten(2)[:, :, None]).sum(dim=-1).mT
 
 

@@ -176,7 +176,7 @@ class Sketcher:
             columns = len(self.kept[m.name].columns)
             for part, rows, gradients in formed.blocks(m, a, d):
                 entries = slice(rows.start * columns, rows.stop * columns)
-                weighted = gradients.flatten(1).float().mul_(weights[m.name][entries])
+                weighted = gradients[..., :columns].flatten(1).float().mul_(weights[m.name][entries])
                 self._add(folded[part], weighted, self.offsets[m.name] + entries.start)
 
         return consume

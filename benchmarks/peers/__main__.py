@@ -51,7 +51,7 @@ FULL = Setting(inputs.SIZES["3 M"], train=32, queries=8)
 QUICK = Setting(inputs.Size(hidden=64, layers=2, heads=2, sequences=0, queries=0), train=64, queries=16)
 
 
-def write_case(folder: Path, setting: Setting) -> Case:
+def write_case(folder: Path, setting: Setting, device: str) -> Case:
     """The model (with a token-by-number tokenizer, which one peer asks for), tokens and settings."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -65,7 +65,7 @@ def write_case(folder: Path, setting: Setting) -> Case:
     for seed, (name, count) in enumerate((("train", setting.train), ("query", setting.queries))):
         np.save(folder / f"{name}.npy", inputs.random_tokens(count, setting.size.tokens, seed))
     threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
-    settings = {"batch": setting.batch, "damping": 0.1, "threads": threads}
+    settings = {"batch": setting.batch, "damping": 0.1, "threads": threads, "device": device}
     (folder / "settings.json").write_text(json.dumps(settings))
     return case
 
@@ -96,22 +96,28 @@ class Rates:
     product: Callable[[], object]
     operations: float
     eigenbases: Callable[[], object]
+    device: str
     products: list[float] = field(default_factory=list)
     decompositions: list[float] = field(default_factory=list)
 
     @classmethod
     def of(cls, case: Case, setting: Setting) -> Rates:
         """Of covariances that are the model's own: how long a decomposition takes depends on the spectrum."""
-        model, sequences = setting.size.model(), inputs.as_sequences(case.tokens("train"))
+        device = case.settings["device"]
+        model, sequences = setting.size.model(device), inputs.as_sequences(case.tokens("train"))
         maps, batch = models.tracked_maps(model, msif_side.CURVATURE), setting.batch * setting.size.tokens
         sums = covariance_sums(model, maps, sequences, task="causal_lm", seed=0, batch_tokens=batch)
         matrices = [matrix.double() for matrix in sums.values()]
-        return cls(*machine.matrix_product(), lambda: [torch.linalg.eigh(matrix) for matrix in matrices])
+
+        def eigenbases() -> object:
+            return [torch.linalg.eigh(matrix) for matrix in matrices]
+
+        return cls(*machine.matrix_product(device), eigenbases, device)
 
     def measure(self) -> None:
         """One round."""
-        self.products += [machine.seconds(self.product) for _ in range(3)]
-        self.decompositions.append(machine.seconds(self.eigenbases))
+        self.products += [machine.seconds(self.product, self.device) for _ in range(3)]
+        self.decompositions.append(machine.seconds(self.eigenbases, self.device))
 
     @property
     def matrix(self) -> float:
@@ -225,12 +231,16 @@ def main() -> None:
     parser.add_argument("--size", choices=inputs.SIZES, default="3 M", help="tracked parameters of the model")
     parser.add_argument("--train", type=int, help="sequences that are fitted, scored and indexed")
     parser.add_argument("--queries", type=int)
+    parser.add_argument("--tokens", type=int, help="of a sequence")
+    parser.add_argument("--device", default="cpu", help="of every side but bergson, which takes what it finds")
     options = parser.parse_args()
     setting = QUICK if options.quick else replace(FULL, size=inputs.SIZES[options.size])
     changes = {key: value for key in ("train", "queries") if (value := getattr(options, key))}
     setting = replace(setting, **changes)
+    if options.tokens:
+        setting = replace(setting, size=replace(setting.size, tokens=options.tokens))
     notes: list[str] = []
-    case = write_case(options.out / "peers-case", setting)
+    case = write_case(options.out / "peers-case", setting, options.device)
     rates = Rates.of(case, setting)
     found = tabulate(setting, *compare(case, rates, REPEATS, notes), rates, notes)
     tables.save(options.out / "peers.json", found)

@@ -59,7 +59,7 @@ def prepare(case: Case) -> Mapping[str, Step]:
     names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
     task = NextToken(names)
     analyzer = Analyzer(
-        "analysis", prepare_model(model, task), task, cpu=True, disable_tqdm=True,
+        "analysis", prepare_model(model, task), task, cpu=settings["device"] == "cpu", disable_tqdm=True,
         output_dir=str(case.scratch("kronfluence_side")),
     )  # fmt: skip
     train, query = Tokens(case.tokens("train")), Tokens(case.tokens("query"))
@@ -78,9 +78,9 @@ def prepare(case: Case) -> Mapping[str, Step]:
             per_device_train_batch_size=settings["batch"], score_args=ScoreArguments(damping_factor=None),
             overwrite_output_dir=True,
         )  # fmt: skip
-        return analyzer.load_pairwise_scores("scores")["all_modules"].numpy() if found is None else next(
+        return analyzer.load_pairwise_scores("scores")["all_modules"].cpu().numpy() if found is None else next(
             iter(found.values())
-        ).numpy()  # fmt: skip
+        ).cpu().numpy()  # fmt: skip
 
     return {"fit": fit, "scores": scores}
 

@@ -14,13 +14,14 @@ from benchmarks.peers.protocol import Case, Step, serve
 
 def prepare(case: Case) -> Mapping[str, Step]:
     """EK-FAC fit and scores, a sequence at a time."""
-    model: Any = transformers.GPTNeoXForCausalLM.from_pretrained(case.model, dtype=torch.float32).eval()
+    device = torch.device(case.settings["device"])
+    model: Any = transformers.GPTNeoXForCausalLM.from_pretrained(case.model, dtype=torch.float32).eval().to(device)
     head = model.get_output_embeddings()
     maps: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
     model.requires_grad_(False)
     for module in maps.values():
         module.requires_grad_(True)
-    train, query = (torch.from_numpy(case.tokens(name)).long() for name in ("train", "query"))
+    train, query = (torch.from_numpy(case.tokens(name)).long().to(device) for name in ("train", "query"))
     bases: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     eigenvalues: dict[str, torch.Tensor] = {}
 
@@ -33,14 +34,14 @@ def prepare(case: Case) -> Mapping[str, Step]:
             yield {n: torch.cat([m.weight.grad, m.bias.grad[:, None]], dim=1) for n, m in maps.items()}
 
     def covariances() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        sums = {n: (torch.zeros(m.in_features + 1, m.in_features + 1), torch.zeros(m.out_features, m.out_features))
+        sums = {n: tuple(torch.zeros(d, d, device=device) for d in (m.in_features + 1, m.out_features))
                 for n, m in maps.items()}  # fmt: skip
         inputs: dict[str, torch.Tensor] = {}
 
         def forward_hook(name: str) -> Any:
             def hook(_module: Any, args: Any, output: torch.Tensor) -> None:
                 a = args[0].detach()[0, :-1]
-                inputs[name] = torch.cat([a, torch.ones(len(a), 1)], dim=1)
+                inputs[name] = torch.cat([a, torch.ones(len(a), 1, device=device)], dim=1)
                 output.register_hook(lambda d: add(name, d[0, :-1]))
 
             return hook
@@ -60,7 +61,7 @@ def prepare(case: Case) -> Mapping[str, Step]:
     def fit() -> None:
         for name, (A, S) in covariances().items():
             bases[name] = tuple(torch.linalg.eigh(x.double()).eigenvectors.float() for x in (A, S))
-            eigenvalues[name] = torch.zeros(len(S), len(A))
+            eigenvalues[name] = torch.zeros(len(S), len(A), device=device)
         for gradient in gradients(train):
             for name, G in gradient.items():
                 Q_A, Q_S = bases[name]

@@ -30,7 +30,7 @@ CURVATURE: Any = SimpleNamespace(include=".*", track_unembedding=False, block_si
 def prepare(case: Case) -> Mapping[str, Step]:
     """The steps of msif."""
     settings, scratch = case.settings, case.scratch("msif_side")
-    model = models.load_model(case.model)
+    model = models.load_model(case.model, device=settings["device"])
     maps = models.tracked_maps(model, CURVATURE)
     train, query = (inputs.as_sequences(case.tokens(name)) for name in ("train", "query"))
     batch_tokens = settings["batch"] * case.tokens("train").shape[1]
@@ -47,14 +47,14 @@ def prepare(case: Case) -> Mapping[str, Step]:
             steps.finish(1)
 
     def scores() -> np.ndarray:
-        factors = Factors.open(folder)
+        factors = Factors.open(folder, device=settings["device"])
         chain = Chain((FilteredStage(factors, Damped(settings["damping"])),))
         gradients = scoring.query_gradients(model, maps, query, batch_tokens, task="causal_lm", factors=factors)
         filtered = chain.filter_all(gradients, rotated=True)
         return scoring.score_sequences(model, maps, filtered, train, batch_tokens, task="causal_lm")
 
     def build(whitening: Any = "balanced") -> None:
-        sketch, factors = SketchSettings(whitening=whitening), Factors.open(folder)
+        sketch, factors = SketchSettings(whitening=whitening), Factors.open(folder, device=settings["device"])
         spectral = Damped(settings["damping"])
         kept = None
         if whitening != "none":

@@ -42,7 +42,7 @@ class Case:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """batch: sequences of a batch. damping: of the mean eigenvalue. threads."""
+        """batch: sequences of a batch. damping: of the mean eigenvalue. threads. device."""
         return dict(json.loads((self.folder / "settings.json").read_text()))
 
     def scratch(self, side: str) -> Path:
@@ -56,18 +56,21 @@ def serve(prepare: Callable[[Case], Mapping[str, Step]]) -> None:
     """Run steps as their names come in; each reply has seconds, the step's peak bytes, and where a matrix lies."""
     case = Case(Path(sys.argv[1]))
     torch.set_num_threads(case.settings["threads"])
+    device = case.settings["device"]
     steps = prepare(case)
     _reply(steps=list(steps))
     for line in sys.stdin:
         name = line.strip()
-        reset_peak()
+        reset_peak(device)
         start = time.perf_counter()
         matrix = steps[name]()
+        if device != "cpu":
+            torch.cuda.synchronize()
         took = time.perf_counter() - start
         path = case.folder / f"{Path(sys.argv[0]).stem}-{name.replace(' ', '-')}.npy"
         if matrix is not None:
             np.save(path, matrix)
-        _reply(seconds=took, peak=peak_bytes(), matrix=str(path) if matrix is not None else None)
+        _reply(seconds=took, peak=peak_bytes(device), matrix=str(path) if matrix is not None else None)
 
 
 def _reply(**values: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from msif_core import aligned, storage
+from msif_core import products, storage
 from msif_core.errors import InputError
 
 VERSION = 2
@@ -21,7 +21,7 @@ VERSION = 2
 
 def rotate_gradient(V: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left^T V right for V [..., G, b, d_in], left [P, p, p] (as blocks on a diagonal), right [d_in, d_in]."""
-    rows = aligned.product(V, right).view(*V.shape[:-3], *left.shape[:2], -1)
+    rows = products.product(V, right).view(*V.shape[:-3], *left.shape[:2], -1)
     return (left.mT @ rows).reshape(V.shape)
 
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from msif_core import aligned
+from msif_core import products
 from msif_core.batching import Sequences, batches
 from msif_core.capture import Consume, capture
 from msif_core.curvature.factors import MapFactors
@@ -81,19 +81,20 @@ def covariance_sums(
 
     def add(key: str, rows: torch.Tensor) -> None:
         if key not in sums:
-            sums[key] = aligned.zeros(rows, len(rows), *2 * rows.shape[-1:], dtype=dtype)
-        add_products(sums[key], rows.to(dtype))
+            sums[key] = products.zeros(rows, len(rows), *2 * rows.shape[-1:], dtype=dtype)
+        add_products(sums[key], products.factor(rows, dtype))
 
     def consume(tracked: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> None:
-        if tracked.name in owners:
+        if owners[tracked.input_group] == tracked:
             add(f"A/{tracked.input_group}", a.flatten(0, 1)[None])
         add(f"S/{tracked.name}", d.reshape(-1, *tracked.pieces).transpose(0, 1))
 
-    owners = {m.name for m in {m.input_group: m for m in maps}.values()}  # one map of each group adds its inputs
+    owners = {m.input_group: m for m in maps}  # one map of each group adds its inputs
     capture_all(model, maps, sequences, batch_tokens, sampled_loss(task, seed), consume)
+    d_in = {f"A/{group}": m.d_in for group, m in owners.items()}
     for name, total in sums.items():
         mirror(total)
-        sums[name] = (total[0] if name.startswith("A/") else total).contiguous()
+        sums[name] = (total[0, : d_in[name], : d_in[name]] if name in d_in else total).contiguous()
     return sums
 
 
@@ -103,12 +104,12 @@ def add_products(total: torch.Tensor, rows: torch.Tensor) -> None:
     Block rows of the upper triangle: for many of them, half of the operations of the whole product.
     """
     if total.shape[-1] <= SYMMETRIC_BLOCK:
-        total.baddbmm_(rows.mT, rows)
+        products.add(total, rows.mT, rows)
         return
     for of_group, own in zip(total, rows, strict=True):
         for start in range(0, total.shape[-1], SYMMETRIC_BLOCK):
             stop = start + SYMMETRIC_BLOCK
-            of_group[start:stop, start:].addmm_(own[:, start:stop].mT, own[:, start:])
+            products.add(of_group[start:stop, start:], own[:, start:stop].mT, own[:, start:])
 
 
 def mirror(total: torch.Tensor) -> None:
@@ -174,8 +175,8 @@ def eigenvalue_sums(
 ) -> dict[str, torch.Tensor]:
     """Sums over sequences of (Q_S^T G Q_A)^2, [G, b, d_in] for each map."""  # fmt: skip
     dtype = sum_dtype(model)
-    sums = {m.name: torch.zeros(m.shape, dtype=dtype, device=next(model.parameters()).device) for m in maps}
-
+    device = next(model.parameters()).device
+    sums = {m.name: torch.zeros(*m.shape[:2], products.width(m.d_in, device), dtype=dtype, device=device) for m in maps}
     rotated = RotatedGradients(factors, dtype)
 
     def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> None:
@@ -184,4 +185,4 @@ def eigenvalue_sums(
             total[rows].add_(gradients.square_().sum(dim=0))
 
     capture_all(model, maps, sequences, batch_tokens, sampled_loss(task, seed + EIGENVALUE_SEED), consume)
-    return sums
+    return {m.name: sums[m.name][..., : m.d_in] for m in maps}

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from msif_core import aligned
+from msif_core import products
 from msif_core.curvature.factors import Factors, MapFactors
 from msif_core.models import TrackedMap
 
@@ -21,7 +21,10 @@ CPU_ROWS = 192
 """Rows of a map in a CPU's block; fewer would cost the matrix product its speed."""
 
 Block = tuple[slice, slice, torch.Tensor]
-"""Sequences of a batch, rows of the map's G b, and those sequences' gradients in those rows [n, r, d_in]."""
+"""Sequences of a batch, rows of the map's G b, and those sequences' gradients in those rows [n, r, d_in].
+
+On an accelerator of `products.width` columns, the last ones zero.
+"""
 
 
 class PerSequenceGradients:
@@ -32,21 +35,21 @@ class PerSequenceGradients:
     """
 
     def __init__(self, dtype: torch.dtype, *, together: bool = False) -> None:
-        self._together = together
-        self._memory = torch.empty(0, dtype=dtype)
+        self._dtype, self._together = dtype, together
+        self._memory = torch.empty(0)
 
     def blocks(self, _: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> Iterator[Block]:
         """The gradients' blocks, from a [N, T, d_in] and d [N, T, G, b]; each stands until the next is asked for."""
-        a, d = a.to(self._memory.dtype), d.to(self._memory.dtype).flatten(2)
+        a, d = products.factor(a, self._dtype), products.factor(d, self._dtype).flatten(2)
         r = even_step(d.shape[2], CPU_ROWS) if a.device.type == "cpu" else d.shape[2]
         n = self.sequences(len(a), r * a.shape[2], a.device)
         if self._memory.numel() < n * r * a.shape[2] or self._memory.device != a.device:
-            self._memory = a.new_empty(n * r * a.shape[2])
+            self._memory = a.new_empty(n * r * a.shape[2], dtype=self._dtype)
         for rows in slices(d.shape[2], r):
             for part in slices(len(a), n):
                 left, right = d[part, :, rows].mT, a[part]
                 shape = (len(right), left.shape[1], right.shape[2])
-                yield part, rows, torch.bmm(left, right, out=self._memory[: math.prod(shape)].view(shape))
+                yield part, rows, products.batched(left, right, self._memory[: math.prod(shape)].view(shape))
 
     def sequences(self, count: int, entries: int, device: torch.device) -> int:
         """How many of `count` sequences, with that many entries each, a block takes."""
@@ -75,11 +78,12 @@ class RotatedGradients:
         """
         factors = self.factors[m.name]
         Q_A, Q_S = (Q.to(a.device, self._dtype) for Q in (factors.Q_A, factors.Q_S))
+        Q_A = products.padded(Q_A, a.shape[-1], products.width(Q_A.shape[1], a.device))
         c, rows = Q_A.shape[1], Q_S.shape[0] * Q_S.shape[2]
         tokens = a.shape[1] * (Q_A.numel() + Q_S.numel() + rows * c)
         if tokens <= m.size * (a.shape[1] + c) + Q_S.numel() * c:
             if self._rotated is None or a is not self._inputs:
-                self._inputs, self._rotated = a, aligned.product(a.to(self._dtype), Q_A)
+                self._inputs, self._rotated = a, products.product(a.to(self._dtype), Q_A)
             yield from self._gradients.blocks(m, self._rotated, rotate_outputs(d.to(self._dtype), Q_S))
         else:
             a, d = a.to(self._dtype), d.to(self._dtype).flatten(2)
@@ -101,5 +105,5 @@ def slices(count: int, step: int) -> Iterator[slice]:
 def rotate_outputs(d: torch.Tensor, Q_S: torch.Tensor) -> torch.Tensor:
     """D [N, T, G, b] times Q_S [P, p, r], as blocks on a diagonal: [N, T, P, r]."""
     if Q_S.shape[0] == 1:
-        return aligned.product(d, Q_S[0])
+        return products.product(d, Q_S[0])
     return torch.einsum("ntgb,gbc->ntgc", d.reshape(*d.shape[:2], *Q_S.shape[:2]), Q_S)

@@ -43,7 +43,7 @@ def scores_of(python: Path, module: str, case: Case) -> np.ndarray:
 def test_factors_give_kronfluences_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.chdir(ROOT)  # the sides import benchmarks
-    case = write_case(tmp_path / "case", QUICK)
+    case = write_case(tmp_path / "case", QUICK, "cpu")
     theirs = scores_of(PEERS / "kronfluence" / "bin" / "python", "kronfluence_side", case)
     ours = scores_of(Path(sys.executable), "msif_side", case)
     assert ours.shape == theirs.shape == (QUICK.queries, QUICK.train)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from msif_core import aligned
+from msif_core import products
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 7), (2, 1, 4, 16), (6, 33), (0, 4, 9)])
@@ -12,12 +12,12 @@ def test_product(shape: tuple[int, ...], n: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(shape, generator=generator), torch.randn(shape[-1], n, generator=generator)
     for left, right in ((x, y), (x.double(), y.double()), (x.mT.contiguous().mT, y.T.contiguous().T)):
-        found = aligned.product(left, right)
+        found = products.product(left, right)
         torch.testing.assert_close(found, left @ right)
-        assert found.stride(-2) % aligned.ROW == 0
+        assert found.stride(-2) % products.ROW == 0
 
 
 def test_zeros() -> None:
-    found = aligned.zeros(torch.empty(0, dtype=torch.float64), 2, 5, 17, dtype=torch.float32)
+    found = products.zeros(torch.empty(0, dtype=torch.float64), 2, 5, 17, dtype=torch.float32)
     assert (found.shape, found.dtype, found.stride(1)) == ((2, 5, 17), torch.float32, 32)
     assert not found.any()
