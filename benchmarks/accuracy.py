@@ -90,7 +90,8 @@ class Subsets:
         """The same through any chain, for any gradients of the queries."""
         filtered = chain.filter_all(dict(queries))
         return {
-            name: (self.sums[name] @ gradients.flatten(1).T).double().numpy() for name, gradients in filtered.items()
+            name: (self.sums[name] @ gradients.flatten(1).T).double().cpu().numpy()
+            for name, gradients in filtered.items()
         }
 
 

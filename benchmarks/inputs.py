@@ -54,7 +54,6 @@ SIZES = {
     "3 M": Size(hidden=256, layers=4, heads=4, sequences=32, queries=64),
     "10 M": Size(hidden=384, layers=6, heads=6, sequences=32, queries=64),
     "100 M": Size(hidden=768, layers=14, heads=12, sequences=8, queries=8),
-    "800 M": Size(hidden=2048, layers=16, heads=8, sequences=8, queries=2),
 }
 QUICK = {"0.8 M": Size(hidden=128, layers=4, heads=4, sequences=64, queries=32)}
 

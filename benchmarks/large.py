@@ -91,8 +91,8 @@ class Passes:
         chain = Chain((FilteredStage(factors, Damped(0.1)), FilteredStage(factors, Damped(0.1))))
         one = self.sequences.take([0])
         for _, maps in scoring.query_groups(self.maps, 1, self.config.curvature.memory_budget_gb):
-            gradients = scoring.query_gradients(last, maps, one, **self.common)
-            filtered = chain.filter_all(gradients)
+            gradients = scoring.query_gradients(last, maps, one, factors=factors, **self.common)
+            filtered = chain.filter_all(gradients, rotated=True)
             scoring.score_sequences(self.model, maps, filtered, self.sequences, **self.common)
 
 

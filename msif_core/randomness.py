@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 GOLDEN = 0x9E3779B97F4A7C15
-BLOCK = 1 << 18
-"""Signs that are drawn together."""
+BLOCK, ACCELERATOR_BLOCK = 1 << 18, 1 << 24
+"""Signs that are drawn together: on a CPU as many as stay in its cache."""
 
 ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
@@ -25,19 +25,20 @@ def random_signs(count: int, seed: int, device: torch.device | str = "cpu") -> t
     """`count` random signs, float32 on `device`, each a function of (seed, position) alone.
 
     Minus where `uniforms` of the seed as key, with seed 1, is below 1/2: its first bit, which the last step of the
-    mixing leaves as it is. On the device and in blocks of its cache: a sketch has as many as tracked parameters.
+    mixing leaves as it is. On the device, in blocks: a sketch has as many as tracked parameters.
     """
     key = np.array([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)
     with np.errstate(over="ignore"):
         origin = int(_mix(key ^ _mix(np.ones(1, dtype=np.uint64)))[0]) + GOLDEN
     signs = torch.empty(count, device=device)
-    steps = torch.arange(1, min(count, BLOCK) + 1, device=device).mul_(_signed(GOLDEN))
-    for first in range(0, count, BLOCK):
+    block = BLOCK if signs.device.type == "cpu" else ACCELERATOR_BLOCK
+    steps = torch.arange(1, min(count, block) + 1, device=device).mul_(_signed(GOLDEN))
+    for first in range(0, count, block):
         state = steps[: count - first] + _signed(origin + first * GOLDEN)
         for shift, factor in ROUNDS:
             shifted = (state >> shift).bitwise_and_((1 << 64 - shift) - 1)
             state.bitwise_xor_(shifted).mul_(_signed(factor))
-        signs[first : first + BLOCK] = state < 0
+        signs[first : first + block] = state < 0
     return signs.mul_(2).sub_(1)
 
 

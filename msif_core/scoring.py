@@ -112,7 +112,7 @@ def score_sequences(
         def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, total: torch.Tensor = total) -> None:
             V = held[m.name].flatten(1, 2)
             if queries == 1:
-                total[0] += token_products(V[0], a.to(dtype), d.to(dtype)).sum(dim=1)
+                total[0] += token_products(V[0], a.to(dtype), d).sum(dim=1)
             else:
                 for part, rows, gradients in formed.blocks(m, a, d):
                     total[:, part] += V[:, rows].flatten(1) @ gradients.flatten(1).mT
@@ -124,7 +124,7 @@ def score_sequences(
 
 def token_products(V: torch.Tensor, a: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
     """d_t^T V a_t of each token: [N, T], for one query's V [G b, d_in]."""
-    return (d.flatten(2) * (a @ V.mT)).sum(dim=-1)
+    return (a @ V.mT).mul_(d.flatten(2)).sum(dim=-1)
 
 
 def contributions(
@@ -149,7 +149,7 @@ def contributions(
 
         def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, batch: Batch = batch) -> None:
             V = products.padded(filtered[m.name][0].to(device, dtype).flatten(0, 1), a.shape[-1])
-            found = token_products(V, a.to(dtype), d.to(dtype)).cpu().numpy()
+            found = token_products(V, a.to(dtype), d).cpu().numpy()
             for i, row in enumerate(batch.rows):
                 by_map[row][m.name] = float(found[i].sum())
                 width = min(found.shape[1], len(by_token[row]))

@@ -99,7 +99,7 @@ def test_a_prompt_alone_is_explained_by_the_models_own_greedy_answer(pipeline: P
         start = int(np.flatnonzero(labels != -100)[0])
         assert 1 <= len(ids) - start <= 5
         for position in range(start, len(ids)):
-            logits = model(torch.from_numpy(ids[None, :position]).long()).logits[0, -1]
+            logits = model(torch.from_numpy(ids[None, :position]).long().to(pipeline.device)).logits[0, -1]
             assert int(logits.argmax()) == ids[position] == labels[position]
         assert completion == tokenizer.decode(ids[start:], skip_special_tokens=True)
     assert queries.generated == [True, True]

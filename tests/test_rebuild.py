@@ -178,7 +178,7 @@ def test_the_trace_is_the_mean_squared_gradient(project: Path) -> None:
     sequences = [corpus.read_shard(path) for path in pipeline.shards("pretrain")]
     squares: dict[str, float] = {}
     for part in sequences:
-        for batch in batches(part, 1):
+        for batch in batches(part, 1, pipeline.device):
 
             def add(m: Any, a: torch.Tensor, d: torch.Tensor) -> None:
                 gradient = torch.einsum("ntgb,nti->ngbi", d, a)

@@ -23,7 +23,7 @@ EIGENVALUE_SEED = 0x5EED
 """Added to the seed of the second pass: fresh labels, independent of the first pass's."""
 
 
-SYMMETRIC_BLOCK = 256
+SYMMETRIC_BLOCK, ACCELERATOR_BLOCK = 256, 512
 """Columns in a block of a symmetric update: narrower ones cost the matrix product its speed."""
 
 
@@ -103,19 +103,26 @@ def add_products(total: torch.Tensor, rows: torch.Tensor) -> None:
 
     Block rows of the upper triangle: for many of them, half of the operations of the whole product.
     """
-    if total.shape[-1] <= SYMMETRIC_BLOCK:
+    width = symmetric_block(total)
+    if total.shape[-1] <= width:
         products.add(total, rows.mT, rows)
         return
     for of_group, own in zip(total, rows, strict=True):
-        for start in range(0, total.shape[-1], SYMMETRIC_BLOCK):
-            stop = start + SYMMETRIC_BLOCK
+        for start in range(0, total.shape[-1], width):
+            stop = start + width
             products.add(of_group[start:stop, start:], own[:, start:stop].mT, own[:, start:])
+
+
+def symmetric_block(total: torch.Tensor) -> int:
+    """Columns in a block of the symmetric `total`, by where it is."""
+    return SYMMETRIC_BLOCK if total.device.type == "cpu" else ACCELERATOR_BLOCK
 
 
 def mirror(total: torch.Tensor) -> None:
     """Copy the blocks above the diagonal of symmetric sums [G, b, b] to below it."""
-    for start in range(0, total.shape[-1], SYMMETRIC_BLOCK):
-        stop = start + SYMMETRIC_BLOCK
+    width = symmetric_block(total)
+    for start in range(0, total.shape[-1], width):
+        stop = start + width
         total[:, stop:, start:stop] = total[:, start:stop, stop:].mT
 
 
@@ -182,7 +189,7 @@ def eigenvalue_sums(
     def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> None:
         total = sums[m.name].flatten(0, 1)
         for _, rows, gradients in rotated.blocks(m, a, d):
-            total[rows].add_(gradients.square_().sum(dim=0))
+            total[rows].add_(products.squares_(gradients))
 
     capture_all(model, maps, sequences, batch_tokens, sampled_loss(task, seed + EIGENVALUE_SEED), consume)
     return {m.name: sums[m.name][..., : m.d_in] for m in maps}

@@ -103,7 +103,7 @@ class Pool:
     def product(self, left: Gradients, right: Gradients, unit: bool = False) -> FloatArray:
         """Inner products of queries' and sequences' gradients over all maps, summed by document."""
         total = sum((left[name].flatten(1) @ right[name].flatten(1).T).double() for name in left)
-        scores = torch.as_tensor(total).numpy()
+        scores = torch.as_tensor(total).cpu().numpy()
         return self.by_document(scores / norms(right)[None] if unit else scores)
 
     # -- methods ----------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ class Pool:
 def norms(gradients: Gradients) -> FloatArray:
     """Norm of each sequence's gradient over all maps: [S]."""
     squares = sum(value.flatten(1).double().square().sum(1) for value in gradients.values())
-    return torch.as_tensor(squares).sqrt().clamp_min(1e-30).numpy()
+    return torch.as_tensor(squares).sqrt().clamp_min(1e-30).cpu().numpy()
 
 
 def bm25(queries: Sequence[str], texts: Sequence[str]) -> FloatArray:
