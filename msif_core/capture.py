@@ -142,11 +142,12 @@ def map_inputs(a: torch.Tensor, counted: torch.Tensor | None, bias: bool) -> tor
     width = products.width(d + bias, a.device)
     if width == d:
         return a if mask is None else a * mask
+    mask = a.new_ones(1) if mask is None else mask
     out = a.new_empty(*a.shape[:-1], width)
-    out[..., :d] = a if mask is None else a * mask
+    torch.mul(a, mask, out=out[..., :d])
     out[..., d:] = 0
     if bias:
-        out[..., d : d + 1] = 1 if mask is None else mask
+        out[..., d : d + 1] = mask
     return out
 
 
