@@ -1,4 +1,6 @@
-"""The file that gpu.sh leaves: the machine, and the floor tables of each dtype. No plots: matplotlib may be missing."""
+"""The file that gpu.sh leaves: the machine, the floor tables of each dtype, the plain loop's. Without plots, as
+matplotlib may be missing.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ def main() -> None:
     options = parser.parse_args()
     lines = ["# Benchmarks on one accelerator", ""]
     lines += [f"- {key}: {value}" for key, value in machine.describe(options.device).items()] + [""]
-    for path in sorted(options.out.glob("*/floor.json")):
+    for path in sorted(options.out.glob("*/*.json")):
         lines += [table.markdown() for table in tables.load(path)]
     path = options.out / "results" / "gpu.md"
     path.parent.mkdir(parents=True, exist_ok=True)

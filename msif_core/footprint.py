@@ -13,7 +13,8 @@ import torch
 from msif_core import losses
 from msif_core.config import Config
 from msif_core.curvature.fit import partitions, statistics
-from msif_core.curvature.gradients import CACHED_ENTRIES, CHUNK_ENTRIES
+from msif_core.curvature.gradients import CACHED_ENTRIES, CHUNK_ENTRIES, CPU_ROWS, CPU_SEQUENCES
+from msif_core.models import TrackedMap
 from msif_core.work import Work
 
 PROCESS = 0.45e9
@@ -52,8 +53,12 @@ def sampling(config: Config, work: Work, accelerator: bool) -> float:
 def gradients(config: Config, work: Work, accelerator: bool) -> float:
     """Per-sequence gradients of one map for some of a batch, and two copies while they are rotated."""
     count = max(1.0, config.compute.batch_tokens / work.tokens)
-    most = CHUNK_ENTRIES if accelerator else CACHED_ENTRIES
-    return 12.0 * max(min(count * m.size, max(most, m.size)) for m in work.maps)
+    rows = CPU_SEQUENCES * CPU_ROWS
+
+    def block(m: TrackedMap) -> float:
+        return max(CHUNK_ENTRIES, m.size) if accelerator else max(CACHED_ENTRIES, m.size, rows * m.d_in)
+
+    return 12.0 * max(min(count * m.size, block(m)) for m in work.maps)
 
 
 def of_pass(config: Config, work: Work, model: float, accelerator: bool) -> float:

@@ -17,7 +17,7 @@ class Absent(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Absent())
 for name in ("capture", "curvature.steps", "curvature.filters", "chain", "sketch", "scoring"):
     importlib.import_module(f"msif_core.{name}")
-for name in ("floor", "gpu_report"):
+for name in ("floor", "gpu_report", "peers.__main__", "peers.msif_side", "peers.loop_side"):
     importlib.import_module(f"benchmarks.{name}")
 """
 

@@ -201,6 +201,7 @@ def test_blocks_cover_every_gradient_once(
 ) -> None:
     monkeypatch.setattr("msif_core.curvature.gradients.CACHED_ENTRIES", 2 * 3 * 6)
     monkeypatch.setattr("msif_core.curvature.gradients.CPU_ROWS", 3)
+    monkeypatch.setattr("msif_core.curvature.gradients.CPU_SEQUENCES", 2)
     m = TrackedMap("m", 6, 8, False, 2, 1, "m")
     a, d = torch.randn(5, 7, 6, dtype=torch.float64), torch.randn(5, 7, 2, 4, dtype=torch.float64)
     found, parts = torch.zeros(5, 8, 6, dtype=torch.float64), []
@@ -219,6 +220,7 @@ def test_gradients_are_taken_in_blocks(
     one = fit.eigenvalue_sums(model, maps, bases, PARTS[0], **options)
     monkeypatch.setattr("msif_core.curvature.gradients.CACHED_ENTRIES", 200)
     monkeypatch.setattr("msif_core.curvature.gradients.CPU_ROWS", 5)
+    monkeypatch.setattr("msif_core.curvature.gradients.CPU_SEQUENCES", 2)
     many = fit.eigenvalue_sums(model, maps, bases, PARTS[0], **options)
     for name, value in one.items():
         torch.testing.assert_close(many[name], value)

@@ -1,9 +1,10 @@
-"""msif's side: fit, scores and index from the library's own functions."""
+"""msif's side: fit, scores and, where FAISS and pydantic are, index, from the library's own functions."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -12,9 +13,8 @@ import numpy as np
 
 from benchmarks import inputs
 from benchmarks.peers.protocol import Case, Step, serve
-from msif_core import directions, index, models, scoring
+from msif_core import directions, models, scoring
 from msif_core.chain import Chain, FilteredStage
-from msif_core.config import IndexSettings, SketchSettings
 from msif_core.curvature import fit
 from msif_core.curvature.factors import Factors
 from msif_core.curvature.filters import Damped
@@ -54,6 +54,9 @@ def prepare(case: Case) -> Mapping[str, Step]:
         return scoring.score_sequences(model, maps, filtered, train, batch_tokens, task="causal_lm")
 
     def build(whitening: Any = "balanced") -> None:
+        from msif_core import index  # a bare GPU machine has neither
+        from msif_core.config import IndexSettings, SketchSettings
+
         sketch, factors = SketchSettings(whitening=whitening), Factors.open(folder, device=settings["device"])
         spectral = Damped(settings["damping"])
         kept = None
@@ -66,9 +69,10 @@ def prepare(case: Case) -> Mapping[str, Step]:
         index.train(phi, kind, len(phi), scratch / "trained.faiss")
         index.build_shard(scratch / "trained.faiss", phi, train.sequence_ids, scratch / "shard.faiss")
 
-    return {
-        "fit": fit_factors, "scores": scores, "index": build, "index, not whitened": lambda: build("none"),
-    }  # fmt: skip
+    steps: dict[str, Step] = {"fit": fit_factors, "scores": scores}
+    if find_spec("faiss") and find_spec("pydantic"):
+        steps |= {"index": build, "index, not whitened": lambda: build("none")}
+    return steps
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ CHUNK_ENTRIES = 1 << 26
 CACHED_ENTRIES = 1 << 20
 """The same on a CPU (4 MB): a block that is read again while it is in the cache costs a third less."""
 
-CPU_ROWS = 192
-"""Rows of a map in a CPU's block; fewer would cost the matrix product its speed."""
+CPU_ROWS, CPU_SEQUENCES = 192, 8
+"""Rows of a map in a CPU's block, and of how many sequences a multiple: threads share a block by its sequences, and
+fewer of either would cost the matrix product its speed."""
 
 Block = tuple[slice, slice, torch.Tensor]
 """Sequences of a batch, rows of the map's G b, and those sequences' gradients in those rows [n, r, d_in].
@@ -41,8 +42,9 @@ class PerSequenceGradients:
     def blocks(self, _: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> Iterator[Block]:
         """The gradients' blocks, from a [N, T, d_in] and d [N, T, G, b]; each stands until the next is asked for."""
         a, d = products.factor(a, self._dtype), products.factor(d, self._dtype).flatten(2)
+        cached = a.device.type == "cpu" and not self._together
         r = even_step(d.shape[2], CPU_ROWS) if a.device.type == "cpu" else d.shape[2]
-        n = self.sequences(len(a), r * a.shape[2], a.device)
+        n = self.sequences(len(a), r * a.shape[2], a.device, CPU_SEQUENCES if cached else 1)
         if self._memory.numel() < n * r * a.shape[2] or self._memory.device != a.device:
             self._memory = a.new_empty(n * r * a.shape[2], dtype=self._dtype)
         for rows in slices(d.shape[2], r):
@@ -51,10 +53,11 @@ class PerSequenceGradients:
                 shape = (len(right), left.shape[1], right.shape[2])
                 yield part, rows, products.batched(left, right, self._memory[: math.prod(shape)].view(shape))
 
-    def sequences(self, count: int, entries: int, device: torch.device) -> int:
+    def sequences(self, count: int, entries: int, device: torch.device, multiple: int = 1) -> int:
         """How many of `count` sequences, with that many entries each, a block takes."""
         most = CACHED_ENTRIES if device.type == "cpu" and not self._together else CHUNK_ENTRIES
-        return even_step(count, max(1, most // entries))
+        most = multiple * max(1, most // (multiple * entries))
+        return even_step(count, most) if multiple == 1 else min(count, most)
 
 
 class RotatedGradients:
