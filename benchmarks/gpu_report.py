@@ -1,6 +1,4 @@
-"""The file that gpu.sh leaves: the machine, the floor tables of each dtype, the plain loop's. Without plots, as
-matplotlib may be missing.
-"""
+"""The file that gpu.sh leaves: the machine, and the tables of every run. No plots: matplotlib may be missing."""
 
 from __future__ import annotations
 

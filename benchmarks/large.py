@@ -3,7 +3,8 @@
     python -m benchmarks.large deployments/configs/pythia-2.8b-dolly.yaml --device h100
 
 The models have the configured sizes and random weights; tokens and eigenbases are random too. Nothing is read or
-written: seconds are of the passes alone, all sweeps of the memory budget, for each sequence.
+written: seconds are of the passes alone, for each sequence: of all sweeps of the memory budget, but of eigenvalues the
+first one's times their number (the bases of all would not fit).
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from msif_core.sketch import Sketcher
 from msif_core.work import EIGH_FLOPS
 
 
-class RandomFactors(dict[str, MapFactors]):
+class RandomFactors:
     """Those of maps, made when they are asked for, as a stage's are read."""
 
     def __init__(self, maps: list[TrackedMap], device: str) -> None:
         self._maps, self._device = {m.name: m for m in maps}, device
 
-    def __contains__(self, name: object) -> bool:
+    def __contains__(self, name: str) -> bool:
         return name in self._maps
 
     def __getitem__(self, name: str) -> MapFactors:
@@ -70,10 +71,9 @@ class Passes:
         for maps in self.groups:
             fit.covariance_sums(self.model, maps, self.sequences, seed=0, **self.common)
 
-    def eigenvalues(self, factors: list[dict[str, MapFactors]]) -> None:
-        """Of one sweep, or of more, whose eigenbases are given."""
-        for maps, own in zip(self.groups, factors, strict=False):
-            fit.eigenvalue_sums(self.model, maps, own, self.sequences, seed=0, **self.common)
+    def eigenvalues(self, bases: dict[str, MapFactors]) -> None:
+        """The first sweep's, whose eigenbases are given."""
+        fit.eigenvalue_sums(self.model, self.groups[0], bases, self.sequences, seed=0, **self.common)
 
     def sketches(self) -> None:
         """Of the share of the directions that is kept."""
@@ -103,23 +103,22 @@ def measure(config: Config, device: str, sheet: str, count: int) -> tables.Table
     passes, rows = Passes(config, device, count), list[list[tables.Cell]]()
     fitted = min(config.curvature.max_sequences, 1_000_000)
 
-    def row(name: str, run: Callable[[], object], of: float, planned: float) -> None:
-        run_small = passes.sequences
-        passes.sequences = run_small.take([0])
+    def row(name: str, run: Callable[[], object], of: float, planned: float | None) -> None:
+        whole, passes.sequences = passes.sequences, passes.sequences.take([0])
         run()  # the libraries load their kernels
-        passes.sequences = run_small
+        passes.sequences = whole
         machine.reset_peak(device)
         seconds = machine.seconds(run, device) / of
         peak = machine.peak_bytes(device) + (PROCESS if device != "cpu" else 0)
-        memory = plan[name].memory
-        rows.append([name, memory / 1e9, peak / 1e9, memory / peak - 1, planned, seconds, planned / seconds - 1])
+        memory, off = plan[name].memory, planned / seconds - 1 if planned else None
+        rows.append([name, memory / 1e9, peak / 1e9, memory / peak - 1, planned, seconds, off])
 
     row("covariances", passes.covariances, count, plan["covariances"].seconds / fitted)
-    factors = [inputs.random_factors(passes.groups[0], device)]
-    factors = [{name: replace(own, eigenvalues=torch.empty(0)) for name, own in factors[0].items()}]
+    factors = inputs.random_factors(passes.groups[0], device)
+    bases = {name: replace(factors.pop(name), eigenvalues=torch.empty(0)) for name in list(factors)}
     sweeps = len(passes.groups)
-    row("eigenvalues", lambda: passes.eigenvalues(factors), count / sweeps, plan["eigenvalues"].seconds / fitted)
-    factors.clear()
+    row("eigenvalues", lambda: passes.eigenvalues(bases), count / sweeps, plan["eigenvalues"].seconds / fitted)
+    bases.clear()
     row("sketches", passes.sketches, count, plan["sketches"].seconds / 1_000_000)
     n = max(max(m.d_in, m.pieces[1]) for m in passes.maps)
     x = torch.randn(n, n, dtype=torch.float64)
@@ -127,8 +126,7 @@ def measure(config: Config, device: str, sheet: str, count: int) -> tables.Table
     rate = plan["eigenbases"].operations / plan["eigenbases"].seconds
     row("eigenbases", lambda: torch.linalg.eigh(x.to(device)).eigenvectors.float(), 1, EIGH_FLOPS * n**3 / rate)
     last = random_model(config, config.stages[-1], device)
-    row("one query", lambda: passes.query(last), 1, 0.0)
-    rows[-1][4] = rows[-1][6] = None
+    row("one query", lambda: passes.query(last), 1, None)
     note = (
         f"{config.stages[0].model}, {config.compute.dtype}, {'TF32' if config.compute.tf32 else 'float32'} statistics, "
         f"budget {config.curvature.memory_budget_gb:g} GB ({sweeps} sweeps), {count} sequences of "

@@ -1,6 +1,6 @@
 """Every kernel path gives one device's results on another: padded rows, and a GPU where there is one.
 
-On a machine with a GPU: `pytest tests/test_devices.py`. It asks for torch, transformers and pydantic alone.
+On a machine with a GPU: `pytest tests/test_devices.py`. Prefect is not asked for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from msif_core import directions, low_rank, models, products, scoring
+from msif_core import directions, low_rank, models, scoring
 from msif_core.chain import Chain, FilteredStage
 from msif_core.config import CurvatureSettings, SketchSettings
 from msif_core.curvature import fit
@@ -22,6 +22,7 @@ from msif_core.curvature.factors import Factors
 from msif_core.curvature.filters import Damped, Unrolled
 from msif_core.curvature.steps import Fit
 from msif_core.models import tracked_maps
+from msif_core.products import width
 from msif_core.sketch import Sketcher
 from tests.conftest import VOCAB, make_model, make_sequences, task_of
 
@@ -110,7 +111,7 @@ def test_rows_as_an_accelerator_holds_them(
     task, model = task_of(architecture), make_model(architecture)
     folders = both_stages(model, split, tmp_path / "tight", task)
     expected = everything(model, task, split, folders)
-    monkeypatch.setattr("msif_core.products.width", lambda n, _: -(-n // products.ROW) * products.ROW)
+    monkeypatch.setattr("msif_core.products.width", lambda n, _: width(n, torch.device("cuda")))
     assert_close(everything(model, task, split, folders), expected, 1e-6)
     padded = everything(model, task, split, both_stages(model, split, tmp_path / "padded", task))
     assert_close(without_estimates(padded), without_estimates(expected), 1e-6)

@@ -21,3 +21,14 @@ def test_zeros() -> None:
     found = products.zeros(torch.empty(0, dtype=torch.float64), 2, 5, 17, dtype=torch.float32)
     assert (found.shape, found.dtype, found.stride(1)) == ((2, 5, 17), torch.float32, 32)
     assert not found.any()
+
+
+def test_widths_and_what_is_padded_to_them() -> None:
+    assert [products.width(n, torch.device("cpu")) for n in (16, 17)] == [16, 17]
+    assert [products.width(n, torch.device("cuda")) for n in (16, 17)] == [16, 32]
+    x = torch.randn(2, 3, 5)
+    assert products.padded(x, 5) is x
+    found = products.padded(x, 4, 8)
+    assert found.shape == (2, 4, 8)
+    assert torch.equal(found[:, :3, :5], x)
+    assert found.count_nonzero() == x.count_nonzero()

@@ -81,14 +81,15 @@ class RotatedGradients:
         """
         factors = self.factors[m.name]
         Q_A, Q_S = (Q.to(a.device, self._dtype) for Q in (factors.Q_A, factors.Q_S))
-        Q_A = products.padded(Q_A, a.shape[-1], products.width(Q_A.shape[1], a.device))
-        c, rows = Q_A.shape[1], Q_S.shape[0] * Q_S.shape[2]
+        c, rows = products.width(Q_A.shape[1], a.device), Q_S.shape[0] * Q_S.shape[2]
         tokens = a.shape[1] * (Q_A.numel() + Q_S.numel() + rows * c)
         if tokens <= m.size * (a.shape[1] + c) + Q_S.numel() * c:
             if self._rotated is None or a is not self._inputs:
+                Q_A = products.padded(Q_A, a.shape[-1], c)
                 self._inputs, self._rotated = a, products.product(a.to(self._dtype), Q_A)
             yield from self._gradients.blocks(m, self._rotated, rotate_outputs(d.to(self._dtype), Q_S))
         else:
+            Q_A = products.padded(Q_A, a.shape[-1], c)
             a, d = a.to(self._dtype), d.to(self._dtype).flatten(2)
             for part in slices(len(a), self._gradients.sequences(len(a), m.size, a.device)):
                 gradients = (torch.bmm(d[part].mT, a[part]) @ Q_A).unflatten(1, Q_S.shape[:2])
