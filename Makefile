@@ -31,10 +31,10 @@ drill: .venv/.ok  ## The long drills
 bench: .venv/.ok  ## Speed and memory beside the floor and the peers (17 minutes, 24 on a busy machine)
 	$(BIN)/python -m benchmarks
 
-accuracy: .venv/.ok  ## Methods beside retraining, on two corpora: docs/accuracy.md's tables (an hour)
+accuracy: .venv/.ok  ## Methods beside retraining, on two corpora: docs/accuracy.md's first tables and curve (an hour)
 	$(BIN)/python -m benchmarks.accuracy
 	$(BIN)/python -m benchmarks.speeches
 	$(BIN)/python -m benchmarks.accuracy deployments/configs/retrain-speeches.yaml
 
 clean:  ## Remove the demo's workspace
-	rm -rf runs
+	rm -rf runs/demo

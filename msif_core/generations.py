@@ -17,8 +17,6 @@ from msif_core.workspace import Workspace
 Manifest = dict[str, Any]
 RECALL_AT = "0.02"
 """Share re-scored whose recall decides over a publish."""
-ROLLED_BACK = "rolled-back"
-"""File in the folder of a generation that was rolled back: a rebuild that leads to it again leaves it unpublished."""
 
 
 def manifest_of(workspace: Workspace, generation: str | None) -> Manifest | None:
@@ -30,9 +28,9 @@ def manifest_of(workspace: Workspace, generation: str | None) -> Manifest | None
 def withheld(folder: Path, settings: IndexSettings) -> str | None:
     """Why the generation in `folder` may not be published, None where it may."""
     manifest = storage.read_json(folder / "manifest.json")
-    if (folder / ROLLED_BACK).exists():
+    if Workspace(folder.parents[1]).rolled_back(manifest["content"]).exists():
         return (
-            f"generation {manifest['generation']} was rolled back: it is kept but not published; "
+            f"generation {manifest['generation']} is what was rolled back: it is kept but not published; "
             f"`msif rollback CONFIG --to {manifest['generation']}` publishes it"
         )
     recall = manifest["recall"].get("recall_at_10", {}).get(RECALL_AT)
@@ -47,7 +45,7 @@ def withheld(folder: Path, settings: IndexSettings) -> str | None:
 def rollback(workspace: Workspace, to: str | None = None) -> str:
     """Publish the generation before the published one, or the one named `to`; returns its id.
 
-    The one left behind is not published again by a rebuild that changes nothing, only by its name.
+    The content of the one left behind is not published again by a rebuild, only by a generation's name.
 
     Raises:
         InputError: there is none, or what it needs is gone.
@@ -61,8 +59,9 @@ def rollback(workspace: Workspace, to: str | None = None) -> str:
         missing = gone[0] if manifest else "its manifest"
         raise InputError(f"generation {wanted} is not here or pruned ({missing} is gone); run `msif rebuild CONFIG`")
     if wanted != current.name:
-        storage.write_text(current / ROLLED_BACK, f"{wanted} was published instead\n")
-    (workspace.generations / wanted / ROLLED_BACK).unlink(missing_ok=True)
+        content = storage.read_json(current / "manifest.json")["content"]
+        storage.write_text(workspace.rolled_back(content), f"{current.name}: {wanted} was published instead\n")
+    workspace.rolled_back(manifest["content"]).unlink(missing_ok=True)
     workspace.publish(wanted)
     return str(wanted)
 

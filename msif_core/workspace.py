@@ -31,6 +31,10 @@ class Workspace:
         """Builds of the index."""
         return self.root / "generations"
 
+    def rolled_back(self, content: str) -> Path:
+        """Stands once a generation of that content was rolled back: rebuilds that lead to it again do not publish it."""
+        return self.root / "rolled-back" / content
+
     @property
     def attributions(self) -> Path:
         """Stored answers, one folder a run."""

@@ -113,7 +113,7 @@ def generation(name: str, factors: str = "f", key: str = "k", recall: float = 0.
         "sequences": {"sketched": 4, "reused": 5_000, "removed": 6},
     }
     return {
-        "generation": name, "factors": {"pretrain": factors}, "codes_key": key, "changes": changes,
+        "generation": name, "content": name, "factors": {"pretrain": factors}, "codes_key": key, "changes": changes,
         "recall": {"recall_at_10": {"0.02": recall}},
     }  # fmt: skip
 

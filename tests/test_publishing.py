@@ -49,6 +49,7 @@ def test_the_same_documents_again_are_another_generation(project: Path) -> None:
     assert pipeline.run() == three
     assert generations.rollback(pipeline.workspace) == two.name
     assert generations.rollback(pipeline.workspace) == one.name
+    assert pipeline.run() == one, "which holds what three does"
 
 
 def test_a_rebuild_does_not_undo_a_rollback(project: Path) -> None:
@@ -68,6 +69,25 @@ def test_a_rebuild_does_not_undo_a_rollback(project: Path) -> None:
     rewrite(project, 39)
     three = pipeline.run()
     assert pipeline.workspace.published() == three.name not in (one.name, two.name)
+
+
+def test_a_rebuild_does_not_undo_two_rollbacks(project: Path) -> None:
+    """After another generation the same documents come under another name, which was never published."""
+    pipeline = Pipeline.from_config(project)
+    one = pipeline.run()
+    rewrite(project, 40)
+    pipeline.run()
+    rewrite(project, 39)
+    three = pipeline.run()
+    generations.rollback(pipeline.workspace)
+    generations.rollback(pipeline.workspace)
+    prune(pipeline.workspace, keep=1, grace_seconds=0)
+    again = pipeline.run()
+    assert again != three
+    assert pipeline.workspace.published() == one.name
+    generations.rollback(pipeline.workspace, to=again.name)
+    assert pipeline.run() == again
+    assert pipeline.workspace.published() == again.name
 
 
 def test_another_later_stage_is_another_generation(project: Path) -> None:
