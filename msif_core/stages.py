@@ -37,6 +37,12 @@ def _silent(step: str, done: int, total: int) -> None:
     """The progress callback of those who want none."""
 
 
+def _check_shared(maps: int) -> None:
+    """Refuse to score by no map at all."""
+    if not maps:
+        raise InputError("no tracked map of the last stage is found in every stage below it: nothing to score with")
+
+
 class Stages:
     """One configuration and its workspace."""
 
@@ -332,17 +338,22 @@ class Stages:
             filtered = chain.filter_all(gradients, rotated=True)
             shared += len(filtered)
             total[rows] += self.exact_scores(filtered, documents) if filtered else 0.0
-        if not shared:
-            raise InputError("no tracked map of the last stage is found in every stage below it: nothing to score with")
+        _check_shared(shared)
         return total.astype(np.float32)
 
     def both_scores(self, queries: Queries, documents: Sequences) -> npt.NDArray[np.float64]:
-        """Multi-stage scores and gradient dot products, [2, Q, N]."""
-        scores, chain = np.zeros((2, len(queries), len(documents))), self.chain()
+        """Multi-stage scores and gradient dot products, [2, Q, N].
+
+        Raises:
+            InputError: the last stage and the attributed one share no map.
+        """
+        scores, chain, shared = np.zeros((2, len(queries), len(documents))), self.chain(), 0
         for rows, raw in self.query_gradients(queries, rotated=False):
             filtered = chain.filter_all(dict(raw))
             both = {name: torch.cat([filtered.pop(name), raw.pop(name)]) for name in list(filtered)}
-            scores[:, rows] += self.exact_scores(both, documents).reshape(2, -1, len(documents))
+            shared += len(both)
+            scores[:, rows] += self.exact_scores(both, documents).reshape(2, -1, len(documents)) if both else 0.0
+        _check_shared(shared)
         return scores
 
     def cut_both_scores(
@@ -356,6 +367,7 @@ class Stages:
             for name, v in chain.filter_all(dict(gradients)).items():
                 filtered[name] = low_rank.joined(filtered.get(name), low_rank.cut(v, rank))
                 raw[name] = low_rank.joined(raw.get(name), low_rank.cut(gradients[name], rank))
+        _check_shared(len(filtered))
         both = {name: low_rank.joined(filtered[name], raw[name]) for name in filtered}
         scores = low_rank.score_low_rank(
             self.model(target.name), self.maps(target.name), both, documents, self.batch_tokens, task=target.task

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from msif_core import catalog, storage
+from msif_core import catalog, corpus, scoring, storage
 from msif_core.config import Config
 from msif_core.errors import InputError
 from msif_core.pipeline import Pipeline
@@ -49,6 +50,33 @@ def test_stages_without_a_shared_map_are_refused(config: Config, monkeypatch: py
     monkeypatch.setattr(Pipeline, "chain", lambda _: SimpleNamespace(filter_all=lambda _, **__: {}))
     with pytest.raises(InputError, match="nothing to score with"):
         pipeline.score([{"id": "q", "text": "a kite"}], [{"id": "d", "text": "an oak"}])
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_group_of_maps_that_all_drop_out_adds_nothing(
+    config: Config, monkeypatch: pytest.MonkeyPatch, rank: int | None
+) -> None:
+    """As of a new head, which the budget leaves in a group of its own."""
+    roomy, tight = (with_budget(config, budget) for budget in (8.0, 2e-5))
+    queries, chain = roomy.held_out(), roomy.chain()
+    assert queries is not None
+    documents = corpus.read_shard(roomy.shards("pretrain")[0]).take(range(4))
+    dropped = {group[0].name for _, group in scoring.query_groups(tight.maps(tight.last), len(queries), 2e-5)}
+
+    def filter_all(gradients: Any, **options: Any) -> Any:
+        return {name: V for name, V in chain.filter_all(gradients, **options).items() if name not in dropped}
+
+    def both(pipeline: Pipeline) -> Any:
+        if rank is None:
+            return pipeline.both_scores(queries, documents)
+        return pipeline.cut_both_scores(queries, documents, rank)[0]
+
+    monkeypatch.setattr(Pipeline, "chain", lambda _: SimpleNamespace(filter_all=filter_all))
+    assert any(not filter_all(dict(some)) for _, some in tight.query_gradients(queries, rotated=False))
+    np.testing.assert_allclose(both(tight), both(roomy), rtol=1e-4, atol=1e-4)
+    dropped |= {m.name for m in roomy.maps("pretrain")}
+    with pytest.raises(InputError, match="nothing to score with"):
+        both(roomy)
 
 
 def test_a_document_that_breaks_is_quarantined_and_the_rest_goes_on(tmp_path: Path) -> None:
