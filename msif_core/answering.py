@@ -194,9 +194,9 @@ def add_influences(tables: Tables, part: Answered, corpus_folder: Path) -> None:
     ranked = part.ranked
     percentile, others = percentiles(ranked.total, np.asarray(part.sampled, dtype=np.int64))
     names = sorted({ranked.documents[c] for columns in part.shown for c in columns})
-    texts = corpus.document_texts(corpus_folder, names)
+    texts = corpus.rows_of_documents(corpus_folder, names, ["text"])
     for q, columns in enumerate(part.shown):
-        groups = duplicate_groups([texts[ranked.documents[c]] for c in columns])
+        groups = duplicate_groups([texts[ranked.documents[c]]["text"] for c in columns])
         for sign, side in ((1, "proponent"), (-1, "opponent")):
             own = [(i, c) for i, c in enumerate(columns) if sign * ranked.total[q, c] > 0]
             tables.add(

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from msif_core import storage
+from msif_core import corpus, storage
 from msif_core.answer_tables import SCHEMAS
 from msif_core.errors import InputError
 
@@ -163,19 +163,13 @@ class Attribution:
         """Texts and metadata of the ranked documents; without them where the corpus is gone."""
         stage = self.manifest.get("settings", {}).get("attribute_to", "")
         found = {name: Document(name) for name in self.document_ids}
-        columns = ["document_id", "text", "source", "metadata", "n_tokens"]
-        wanted = pa.array(self.document_ids, pa.string())
         root = self.folder.parents[1]
         versions = (root / self.manifest.get("corpus", ""), root / "corpus" / stage / "manifest.json")
-        version = next((path for path in versions if path.is_file()), versions[-1])  # the run's own, or the newest
-        corpus = version.parent
-        shards = storage.read_json(version)["shards"] if version.exists() else []
-        for shard in shards:
-            rows = pq.read_table(
-                corpus / shard["documents"], columns=columns, filters=pc.field("document_id").isin(wanted)
-            )
-            for row in rows.to_pylist():
-                found[row["document_id"]] = Document(**{k: v for k, v in row.items() if v is not None})
+        version = next((path for path in versions if path.is_file()), None)  # the run's own, or the newest
+        if version is not None:
+            columns = ["text", "source", "metadata", "n_tokens"]
+            for name, row in corpus.rows_of_documents(version, self.document_ids, columns).items():
+                found[name] = Document(**{k: v for k, v in row.items() if v is not None})
         return found
 
     @cached_property

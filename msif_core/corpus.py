@@ -311,18 +311,22 @@ def rows_of(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return ids & ((1 << SHARD_BITS) - 1)
 
 
-def sequences_of_documents(where: Path, documents: Sequence[str]) -> Sequences:
-    """All sequences of the named documents, in order of sequence id; reads only their shards."""
+def tables_of_documents(
+    where: Path, kind: str, documents: Sequence[str], columns: list[str] | None = None
+) -> Iterator[pa.Table]:
+    """Rows of the named documents in the shards' files of a `kind`, in order of shard; reads only their shards."""
     folder, shards = shard_entries(where)
     wanted: dict[int, list[str]] = {}
     for name in documents:
         wanted.setdefault(shard_of(name, len(shards)), []).append(name)
-    tables = []
     for number in sorted(wanted):
-        table = read_table(folder / shards[number]["sequences"])
-        mask = pa.compute.is_in(table["document_id"], value_set=pa.array(wanted[number]))
-        tables.append(table.filter(mask))
-    return _sequences(pa.concat_tables(tables))
+        table = read_table(folder / shards[number][kind], columns)
+        yield table.filter(pa.compute.is_in(table["document_id"], value_set=pa.array(wanted[number])))
+
+
+def sequences_of_documents(where: Path, documents: Sequence[str]) -> Sequences:
+    """All sequences of the named documents, in order of sequence id."""
+    return _sequences(pa.concat_tables(tables_of_documents(where, "sequences", documents)))
 
 
 def documents_of_sequences(where: Path, ids: npt.NDArray[np.int64]) -> list[str]:
@@ -343,22 +347,26 @@ def read_documents(where: Path, columns: list[str] | None = None) -> pa.Table:
     return pa.concat_tables([read_table(folder / shard["documents"], columns) for shard in shards])
 
 
-def document_texts(where: Path, documents: Sequence[str]) -> dict[str, str]:
-    """Texts of the named documents."""
-    folder, shards = shard_entries(where)
-    found: dict[str, str] = {}
-    for number in {shard_of(name, len(shards)) for name in documents}:
-        table = read_table(folder / shards[number]["documents"], ["document_id", "text"])
-        table = table.filter(pa.compute.is_in(table["document_id"], value_set=pa.array(list(documents))))
-        found |= dict(zip(table["document_id"].to_pylist(), table["text"].to_pylist(), strict=True))
-    return found
+def rows_of_documents(where: Path, documents: Sequence[str], columns: list[str]) -> dict[str, dict[str, Any]]:
+    """Columns of the named documents that the corpus knows, by id."""
+    tables = tables_of_documents(where, "documents", documents, ["document_id", *columns])
+    return {row["document_id"]: row for table in tables for row in table.to_pylist()}
 
 
 def sample_documents(where: Path, count: int) -> list[str]:
-    """A fixed random sample of documents that have sequences: those whose ids hash lowest."""
-    table = read_documents(where, ["document_id", "n_sequences"])
-    names = table.filter(pa.compute.greater(table["n_sequences"], 0))["document_id"].to_pylist()
-    return sorted(names, key=lambda name: hashlib.sha256(b"sample" + name.encode()).digest())[:count]
+    """A fixed random sample of documents that have sequences: the first by shard and then by another hash of the id.
+
+    A hash has dealt the documents out to the shards, so that the first shards are as random as any.
+    """
+    folder, shards = shard_entries(where)
+    found: list[str] = []
+    for shard in shards:
+        if len(found) >= count:
+            break
+        table = read_table(folder / shard["documents"], ["document_id", "n_sequences"])
+        names = table.filter(pa.compute.greater(table["n_sequences"], 0))["document_id"].to_pylist()
+        found += sorted(names, key=lambda name: hashlib.sha256(b"sample" + name.encode()).digest())
+    return found[:count]
 
 
 def quarantine(folder: Path, name: str, documents: Sequence[str], reason: str) -> None:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from msif_core import answering, catalog, scoring
+from msif_core import answering, catalog, corpus, scoring
 from msif_core.attribution import Attribution
 from msif_core.config import Config
 from msif_core.errors import InputError
@@ -216,6 +216,18 @@ def test_a_document_without_a_finite_score_is_not_ranked(pipeline: Pipeline, mon
     found = pipeline.attribute([{"id": "q", "prompt": ASK, "completion": "A kite."}])
     assert "d00" not in found.document_ids
     assert np.isfinite(found.samples["score"].to_numpy()).all()
+
+
+def test_a_document_shown_is_read_from_its_shard_alone(
+    attribution: Attribution, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Attribution(attribution.folder, attribution.table[:1], attribution.queries, attribution.manifest)
+    read: list[Path] = []
+    original = corpus.read_table
+    monkeypatch.setattr(corpus, "read_table", lambda path, columns: read.append(path) or original(path, columns))
+    (shown,) = one.documents.values()
+    assert len(read) == 1
+    assert shown.text in [row["text"] for row in documents()]
 
 
 def test_folder_holds_the_tables_and_nothing_else(attribution: Attribution) -> None:

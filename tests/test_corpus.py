@@ -274,10 +274,23 @@ def test_sequences_and_documents_find_each_other(tmp_path: Path, tokenizer: Any)
     assert set(found.document_ids) == {"d2", "d7"}
     ids = np.concatenate([[-1], found.sequence_ids])
     assert corpus.documents_of_sequences(folder, ids) == list(dict.fromkeys(found.document_ids))
-    assert corpus.document_texts(folder, ["d7"]) == {"d7": words(14, 7)}
-    sample = corpus.sample_documents(folder, 5)
-    assert len(set(sample)) == 5
-    assert sample == corpus.sample_documents(folder, 8)[:5]
+    assert corpus.rows_of_documents(folder, ["d7", "none"], ["text"]) == {
+        "d7": {"document_id": "d7", "text": words(14, 7)}
+    }
+
+
+def test_a_sample_reads_the_first_shards_alone(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
+    folder, read = tmp_path / "c", []
+    manifest = build(write_jsonl(tmp_path / "a.jsonl", documents(64)), folder, tokenizer, shard_sequences=8)
+    original = corpus.read_table
+    monkeypatch.setattr(corpus, "read_table", lambda path, columns: read.append(path.name) or original(path, columns))
+    whole = corpus.sample_documents(folder, 100)
+    assert sorted(whole) == sorted(row["id"] for row in documents(64))
+    for count in (0, 3, 20):
+        read.clear()
+        assert corpus.sample_documents(folder, count) == whole[:count]
+        sizes = np.cumsum([shard["n_documents"] for shard in manifest["shards"]])
+        assert read == [shard["documents"] for shard in manifest["shards"]][: int((sizes < count).sum()) + (count > 0)]
 
 
 def test_read_shard_gives_aligned_arrays(tmp_path: Path, tokenizer: Any):
