@@ -95,7 +95,12 @@ class CorpusSettings(Settings):
     """Documents to token sequences."""
 
     max_length: int | None = Field(None, ge=2, description="Window length; the model's context by default.")
-    shard_sequences: int = Field(2048, ge=1, description="Target number of sequences in a shard.")
+    shard_sequences: int = Field(
+        2048,
+        ge=1,
+        description="Target number of sequences in a shard. There are 1, 2, 4, 8... shards, so that one holds 0.7 to "
+        "1.4 times as many at first, and half to twice as many while the corpus grows or shrinks.",
+    )
     skip_bad_records: bool = Field(False, description="Count and skip malformed records instead of stopping.")
 
 

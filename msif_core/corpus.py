@@ -119,7 +119,7 @@ def partition(
     previous: dict[str, Any] | None,
     windows: Callable[[records.Record], int],
 ) -> list[Path]:
-    """Stream the records into one raw file a shard; a rebuild keeps the number of shards.
+    """Stream the records into one raw file a shard.
 
     Two passes over disk and never a corpus in memory: the number of shards follows from the number of records
     and the windows of the first `SIZED_BY` of them.
@@ -143,9 +143,8 @@ def partition(
             handle.write(hashlib.sha256(name).digest()[:8] + len(line).to_bytes(8, "big") + line)
     if not count:
         raise InputError(f"{documents}: no document in it")
-    wanted = math.ceil(max(1, count * sized / min(count, SIZED_BY)) / settings.shard_sequences)
-    kept = len(previous["shards"]) if previous else wanted
-    shards = kept if wanted / 2 <= kept <= wanted * 2 else wanted
+    found = count * sized / min(count, SIZED_BY)
+    shards = shard_count(found, settings.shard_sequences, len(previous["shards"]) if previous else None)
     paths = [folder / f"raw-{number:05d}" for number in range(shards)]
     for path in paths:
         path.touch()
@@ -162,6 +161,22 @@ def partition(
     _append_lines(held)
     spool.unlink()
     return paths
+
+
+def shard_count(windows: float, per_shard: int, kept: int | None = None) -> int:
+    """The power of two that comes nearest to `per_shard` windows in a shard; `kept` while they are half to twice that.
+
+    Where the number doubles, a shard's documents go to two of the new ones, and where it halves, those of two to one:
+    what was built of them is found again in few files (`related_shards`).
+    """
+    wanted = max(1.0, windows / per_shard)
+    return kept if kept and wanted / 2 <= kept <= wanted * 2 else 2 ** round(math.log2(wanted))
+
+
+def related_shards(shard: int, shards: int, before: int) -> range:
+    """Shards, of `before`, that may hold documents which are in this one of `shards` now."""
+    step = math.gcd(shards, before)
+    return range(shard % step, before, step)
 
 
 def _readable(documents: Documents, found: Iterator[records.Record]) -> Iterator[records.Record]:

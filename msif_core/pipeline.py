@@ -133,17 +133,17 @@ class Pipeline(Stages):
                 yield [names[row] for row in corpus.rows_of(ids)], codes
 
     def _earlier_shards(self, shard: int) -> Iterator[Path]:
-        """Corpus shards of earlier versions, likeliest first: the published one's, then others of this number.
+        """Corpus shards of earlier versions that may hold the same documents, likeliest first.
 
-        Documents keep their shard while the number of shards stays; where it changed, all of the published ones count.
+        Those of the published version, then others of this number.
         """
         now = self.shards(self.target)
         published = generations.manifest_of(self.workspace, self.workspace.published())
         found: list[Path] = []
         if published is not None and published["settings"]["attribute_to"] == self.target:
             folder, entries = corpus.shard_entries(self.workspace.root / published["corpora"][self.target])
-            before = [folder / entry["sequences"] for entry in entries]
-            found = before[shard : shard + 1] if len(before) == len(now) else before
+            related = corpus.related_shards(shard, len(now), len(entries))
+            found = [folder / entries[number]["sequences"] for number in related]
         others = sorted(now[shard].parent.glob(f"shard-{shard:05d}-*.parquet"))
         for path in dict.fromkeys([*found, *others]):
             if path != now[shard] and path.exists():

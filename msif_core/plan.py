@@ -16,6 +16,7 @@ from torch import nn
 
 from msif_core import footprint, probe, records, storage
 from msif_core.config import Config, HubDataset, Stage
+from msif_core.corpus import shard_count
 from msif_core.curvature.fit import partitions, statistics
 from msif_core.devices import Rates, rates
 from msif_core.errors import InputError
@@ -124,6 +125,8 @@ def make_plan(
     given = dict(sequences or {})
     if unknown := set(given) - {stage.name for stage in config.stages}:
         raise InputError(f"--sequences names no stage: {sorted(unknown)}")
+    if empty := sorted(name for name, count in given.items() if count < 1):
+        raise InputError(f"--sequences {empty[0]}={given[empty[0]]}: a stage has one sequence at least")
     found = {}
     for stage in config.stages:
         model = meta_model(config, stage)
@@ -197,7 +200,7 @@ def corpus_size(config: Config, stage: Stage, window: int, given: int | None) ->
     """Sequences, tokens, shards, and how they are known: counted, given, estimated from the files, or assumed."""
     per_shard = config.corpus.shard_sequences
     if given is not None:
-        return given, given * window, math.ceil(given / per_shard), f"{given:,} sequences of {window} tokens as given"
+        return given, given * window, shard_count(given, per_shard), f"{given:,} sequences of {window} tokens as given"
     folder = Workspace(config.workspace.resolve()).corpus(stage.name)
     if (folder / "manifest.json").exists():
         shards = storage.read_json(folder / "manifest.json")["shards"]
@@ -210,13 +213,15 @@ def corpus_size(config: Config, stage: Stage, window: int, given: int | None) ->
     except (InputError, LookupError):
         count = config.curvature.max_sequences
         note = f"its documents are not here: {count:,} sequences of {window} tokens assumed, see --sequences"
-        return count, count * window, math.ceil(count / per_shard), note
-    documents, count, tokens = (sum(column) for column in zip(*found, strict=True))
-    return count, tokens, math.ceil(documents / per_shard), "estimated from the size of its files"
+        return count, count * window, shard_count(count, per_shard), note
+    count, tokens = (sum(column) for column in zip(*found, strict=True))
+    if not count:
+        raise InputError(f"{stage.documents}: no document in it")
+    return count, tokens, shard_count(count, per_shard), "estimated from the size of its files"
 
 
-def _estimate(source: str | HubDataset, window: int, sample: int = 500) -> tuple[int, int, int]:
-    """Documents, sequences and tokens of a glob, from its first records and the files' sizes."""
+def _estimate(source: str | HubDataset, window: int, sample: int = 500) -> tuple[int, int]:
+    """Sequences and tokens of a glob, from its first records and the files' sizes."""
     if isinstance(source, HubDataset):
         raise LookupError(source.dataset)
     documents, counts, lengths, read = 0.0, 0, 0, 0
@@ -236,7 +241,7 @@ def _estimate(source: str | HubDataset, window: int, sample: int = 500) -> tuple
         lengths += sum(tokens)
         read += len(texts)
     scale = documents / max(1, read)
-    return round(documents), round(counts * scale), round(lengths * scale)
+    return round(counts * scale), round(lengths * scale)
 
 
 def fit_steps(config: Config, planned: _Planned, speed: Rates) -> list[Step]:
@@ -277,7 +282,7 @@ def query_sweeps(config: Config, last: Work, queries: int) -> list[list[TrackedM
 def index_steps(config: Config, planned: _Planned, sweeps: list[list[TrackedMap]], speed: Rates) -> list[Step]:
     """Sketches of the attributed stage (the index's training sample twice), and the scores that measure recall."""
     work, size = planned.work, planned.size
-    count = size.sequences + min(TRAINING_SAMPLE, size.sequences, config.corpus.shard_sequences)
+    count = size.sequences + min(TRAINING_SAMPLE, size.sequences // size.shards)
     m = config.sketch.dimensions
     kept = footprint.kept_share(config, work)
     rotation = 0.0 if config.sketch.whitening == "none" else work.rotation(kept)
@@ -296,7 +301,7 @@ def index_steps(config: Config, planned: _Planned, sweeps: list[list[TrackedMap]
         entries, products = (ranked, work.tokens * ranked) if rank else (work.tracked, work.tracked)  # of one query
         model, products = count * work.passes(sweeps), 2.0 * count * scored * products
         outer = 0.0 if rank else count * work.gradients()
-        tasks = min(size.shards, math.ceil(count / config.corpus.shard_sequences))
+        tasks = math.ceil(count * size.shards / size.sequences)
         seconds, held = speed.seconds(model, products, outer), 1e9 * config.curvature.memory_budget_gb
         held = 4.0 * scored * entries if rank else min(held, 2.0 * COPIES * scored * entries)
         memory = footprint.of_pass(config, work, size.model_bytes, speed.accelerator) + held

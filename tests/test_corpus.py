@@ -210,6 +210,22 @@ def test_a_growing_corpus_keeps_its_number_of_shards(tmp_path: Path, tokenizer: 
     assert len(read_all(tmp_path / "c")) == 60
 
 
+@pytest.mark.parametrize(("windows", "kept", "shards"), [
+    (0, None, 1), (130, None, 1), (150, None, 2), (1000, None, 8), (1200, None, 16),
+    (1600, 8, 8), (1601, 8, 16), (400, 8, 8), (399, 8, 4), (100, 8, 1), (900, 9, 9), (1900, 9, 16),
+])  # fmt: skip
+def test_shards_are_a_power_of_two_that_doubles_and_halves(windows: float, kept: int | None, shards: int):
+    assert corpus.shard_count(windows, 100, kept) == shards
+
+
+@pytest.mark.parametrize(("now", "before", "read"), [(4, 4, 1), (8, 2, 1), (2, 8, 4), (8, 6, 3), (4, 9, 9)])
+def test_documents_are_found_in_few_shards_of_another_number(now: int, before: int, read: int):
+    for name in (f"d{i}" for i in range(200)):
+        related = corpus.related_shards(corpus.shard_of(name, now), now, before)
+        assert corpus.shard_of(name, before) in related
+        assert len(related) == read
+
+
 def test_other_metadata_make_another_version(tmp_path: Path, tokenizer: Any):
     found = documents(4)
     first = build(write_jsonl(tmp_path / "a.jsonl", found), tmp_path / "c", tokenizer)

@@ -51,11 +51,11 @@ def test_a_small_model_is_counted_exactly(tmp_path: Path) -> None:
     assert stage.tracked == sum(m.size for m in maps)
     entries = sum(m.d_in**2 + m.shape[0] * m.shape[1] ** 2 + m.size for m in maps)
     assert stage.factor_bytes == 4 * entries
-    assert stage.shards == 3
-    assert stage.partial_bytes == 3 * stage.factor_bytes
+    assert stage.shards == 2
+    assert stage.partial_bytes == 2 * stage.factor_bytes
     assert stage.passes == len(list(partitions(maps, config.curvature.memory_budget_gb)))
     assert found.index_kind == "rabitq"
-    assert found.index_bytes == 5_000 * (8 + 8 + 8) + 3 * 4 * 64
+    assert found.index_bytes == 5_000 * (8 + 8 + 8) + 2 * 4 * 64
     assert found.hours == pytest.approx(sum(step.hours() for step in found.steps[:-2]))
     assert [step.name for step in found.steps] == [
         "covariances",
@@ -70,9 +70,11 @@ def test_a_small_model_is_counted_exactly(tmp_path: Path) -> None:
 def test_files_are_estimated_from_their_first_records(tmp_path: Path) -> None:
     rows = [{"id": str(i), "text": "four" * 10} for i in range(2_000)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    stage = plan.make_plan(config_of(tmp_path, "bigscience/bloom-560m"), "h100").stages[0]
-    assert stage.sequences == pytest.approx(2_000, rel=0.05)
+    config = config_of(tmp_path, "bigscience/bloom-560m", corpus={"max_length": 5, "shard_sequences": 500})
+    stage = plan.make_plan(config, "h100").stages[0]
+    assert stage.sequences == pytest.approx(4_000, rel=0.05)
     assert stage.tokens == pytest.approx(20_000, rel=0.05)
+    assert stage.shards == 8, "of sequences, two a document"
     assert stage.assumed == "estimated from the size of its files"
 
 
@@ -119,6 +121,11 @@ def test_what_cannot_be_planned_is_named(tmp_path: Path) -> None:
         plan.make_plan(config_of(tmp_path, "bigscience/bloom-560m"), "abacus")
     with pytest.raises(InputError, match=r"--sequences names no stage: \['finetune'\]"):
         plan.make_plan(config_of(tmp_path, "bigscience/bloom-560m"), "h100", {"finetune": 1})
+    with pytest.raises(InputError, match="--sequences pretrain=0: a stage has one sequence at least"):
+        plan.make_plan(config_of(tmp_path, "bigscience/bloom-560m"), "h100", {"pretrain": 0})
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(InputError, match=r"\*.jsonl: no document in it"):
+        plan.make_plan(config_of(tmp_path, "bigscience/bloom-560m"), "h100")
     with pytest.raises(InputError, match="stage 'pretrain': no configuration of"):
         plan.make_plan(config_of(tmp_path, str(tmp_path / "nothing")), "h100")
 
@@ -139,7 +146,7 @@ def test_devices_divide_whole_tasks_only(tmp_path: Path) -> None:
     assert steps["covariances"].tasks == steps["eigenbases"].tasks == 10  # parts of 2,048 of 20,000 sequences
     assert steps["covariances"].hours(7) == pytest.approx(steps["covariances"].hours() * 2 / 10)
     assert steps["covariances"].hours(10) == steps["covariances"].hours(64)
-    assert steps["sketches"].tasks == 25
+    assert steps["sketches"].tasks == 32
     for alone in ("one query", "search"):
         assert steps[alone].hours(64) == steps[alone].hours()
     built = sum(step.hours(7) for name, step in steps.items() if name not in ("one query", "search"))

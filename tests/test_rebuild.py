@@ -91,14 +91,21 @@ def test_exact_scores_of_known_sequences_are_kept(project: Path, monkeypatch: py
     np.testing.assert_allclose(kept[0], anew, rtol=1e-4, atol=1e-6 * np.abs(anew).max())
 
 
-def test_another_number_of_shards_still_finds_them(project: Path, sketched: list[str]) -> None:
-    Pipeline.from_config(project).run()
+def test_another_number_of_shards_still_finds_them(
+    project: Path, sketched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(project, corpus={"shard_sequences": 12}).run()
     sketched.clear()
-    pipeline = change(project, corpus={"shard_sequences": 8})
-    built = manifest(pipeline.run())
-    assert len(built["codes"]) == 6
-    assert sketched == []
-    assert built["changes"]["sequences"] == {"sketched": 0, "reused": 48, "removed": 0}
+    read: list[Path] = []
+    original = index.read_codes
+    monkeypatch.setattr(index, "read_codes", lambda trained, path: read.append(path) or original(trained, path))
+    for target, shards in ((3, 16), (24, 2)):
+        read.clear()
+        built = manifest(change(project, corpus={"shard_sequences": target}).run())
+        assert len(built["codes"]) == shards
+        assert sketched == []
+        assert built["changes"]["sequences"] == {"sketched": 0, "reused": 48, "removed": 0}
+        assert len(read) <= 16, "once for each pair of shards that share documents"
 
 
 def test_codes_of_another_trained_index_are_not_copied(project: Path) -> None:
