@@ -90,7 +90,7 @@ class Pipeline(Stages):
         self.sketcher().check_or_write(folder / "sketch.json")
 
         def build(path: Path) -> None:
-            sample = corpus.read_shard(self.shards(self.target)[0]).take(np.arange(512))
+            sample = corpus.read_shard(self.shard(self.target, 0)).take(np.arange(512))
             phi = self.document_sketches(sample)
             index.train(phi, self.config.index, self.sequence_count(self.target), path)
 
@@ -101,7 +101,7 @@ class Pipeline(Stages):
 
         Sequences that an earlier shard knows by their fingerprint keep its codes; only the others are sketched.
         """
-        source = self.shards(self.target)[shard]
+        source = self.shard(self.target, shard)
         folder = self.codes_folder()
         trained = folder / "trained.faiss"
 
@@ -137,24 +137,23 @@ class Pipeline(Stages):
 
         Those of the published version, then others of this number.
         """
-        now = self.shards(self.target)
+        now, count = self.shard(self.target, shard), len(self.corpus_manifest(self.target)["shards"])
         published = generations.manifest_of(self.workspace, self.workspace.published())
         found: list[Path] = []
         if published is not None and published["settings"]["attribute_to"] == self.target:
             folder, entries = corpus.shard_entries(self.workspace.root / published["corpora"][self.target])
-            related = corpus.related_shards(shard, len(now), len(entries))
+            related = corpus.related_shards(shard, count, len(entries))
             found = [folder / entries[number]["sequences"] for number in related]
-        others = sorted(now[shard].parent.glob(f"shard-{shard:05d}-*.parquet"))
+        others = sorted(now.parent.glob(f"shard-{shard:05d}-*.parquet"))
         for path in dict.fromkeys([*found, *others]):
-            if path != now[shard] and path.exists():
+            if path != now and path.exists():
                 yield path
 
     def build_lexical(self) -> Path:
         """The BM25 index over the documents' words."""
-        manifest = self.corpus_manifest(self.target)
-        folder = self.workspace.root / "lexical" / str(manifest["fingerprint"])
+        folder = self.workspace.root / "lexical" / str(self.corpus_manifest(self.target)["fingerprint"])
         if not folder.exists():
-            documents = corpus.read_documents(self.workspace.corpus(self.target), ["document_id", "text"])
+            documents = corpus.read_documents(self.corpus_version(self.target), ["document_id", "text"])
             with storage.atomic_folder(folder) as temporary:
                 LexicalIndex.build(documents["document_id"].to_pylist(), documents["text"].to_pylist()).save(temporary)
         return folder
@@ -190,7 +189,7 @@ class Pipeline(Stages):
         """
         queries = self.held_out()
         assert queries is not None, "exact_shard is called only where held-out queries are configured"
-        source = self.shards(self.target)[shard]
+        source = self.shard(self.target, shard)
         folder = self.exact_folder(queries)
 
         def build(path: Path) -> None:
@@ -226,7 +225,7 @@ class Pipeline(Stages):
             return {}
         shards = self.recall_shards()
         exact = np.concatenate([np.load(self.exact_shard(shard))[0] for shard in shards], axis=1)
-        ids = np.concatenate([corpus.read_shard(self.shards(self.target)[s]).sequence_ids for s in shards])
+        ids = np.concatenate([corpus.read_shard(self.shard(self.target, s)).sequence_ids for s in shards])
         found = index.Index([self.index_shard(shard) for shard in shards], self.config.index)
         psi = self.query_sketches(queries)
         shares = (0.005, 0.01, 0.02, 0.05, 0.1)
@@ -274,18 +273,19 @@ class Pipeline(Stages):
         )
 
     def publish_generation(self) -> Path:
-        """Build the generation that the corpus and the settings give, and publish it; returns its folder.
+        """Build the generation that the corpora as they stand and the settings give, and publish it.
 
-        What is published already stays. A generation whose recall is below `index.min_recall`, or that was rolled
-        back, is kept, but the pointer does not move to it (`generations.withheld` says why).
+        Returns its folder. What is published already stays. A generation whose recall is below `index.min_recall`, or
+        that was rolled back, is kept, but the pointer does not move to it (`generations.withheld` says why).
         """
+        now = self.as_it_stands()
         parent = generations.manifest_of(self.workspace, self.workspace.published())
-        content = self.content()
+        content = now.content()
         if parent is not None and parent.get("content") == content:
             return self.workspace.generations / str(parent["generation"])
         folder = self.workspace.generations / storage.fingerprint(content, parent and parent["generation"])
         if not (folder / "manifest.json").exists():
-            storage.write_json(folder / "manifest.json", self._describe(folder.name, content, parent))
+            storage.write_json(folder / "manifest.json", now._describe(folder.name, content, parent))
         if generations.withheld(folder, self.config.index) is None:
             self.workspace.publish(folder.name)
         return folder
@@ -293,20 +293,17 @@ class Pipeline(Stages):
     def _describe(self, name: str, content: str, parent: dict[str, Any] | None) -> dict[str, Any]:
         """The manifest of a generation; builds what of it does not stand yet."""
         started = time.perf_counter()
-        root = self.workspace.root
-        shards = [self.index_shard(shard) for shard in range(len(self.shards(self.target)))]
+        root, own, queries = self.workspace.root, self.corpus_manifest(self.target), self.held_out()
+        shards = [self.index_shard(shard) for shard in range(len(own["shards"]))]
         codes = [str(path.relative_to(root)) for path in shards]
-        corpora = {s.name: (self.workspace.corpus(s.name), self.corpus_manifest(s.name)) for s in self.config.stages}
-        folder, own = corpora[self.target]
-        queries = self.held_out()
-        documents = [folder / entry["documents"] for entry in own["shards"]]
+        documents = [self.workspace.corpus(self.target) / entry["documents"] for entry in own["shards"]]
         manifest = {
             "generation": name,
             "content": content,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "parent": parent and parent["generation"],
             "corpus": own["fingerprint"],
-            "corpora": {s: str(corpus.version_path(*found).relative_to(root)) for s, found in corpora.items()},
+            "corpora": {s.name: str(self.corpus_version(s.name).relative_to(root)) for s in self.config.stages},
             "recipes": {stage.name: self.recipe(stage.name) for stage in self.config.stages},
             "factors": {stage.name: self.factors_fingerprint(stage.name) for stage in self.config.stages},
             "codes_key": self.codes_folder().name,
@@ -353,10 +350,11 @@ class Pipeline(Stages):
             if not self.fitted(stage):
                 self.fit_stage(stage)
             self.remove_sums(stage)
-        self.train_index()
-        count = len(self.shards(self.target))
-        storage.free_first(range(count), self.reporting("index_shard", self.index_shard, count))
-        folder = self.publish_generation()
+        now = self.as_it_stands()
+        now.train_index()
+        count = len(now.shards(self.target))
+        storage.free_first(range(count), self.reporting("index_shard", now.index_shard, count))
+        folder = now.publish_generation()
         self.publish_catalog()
         return folder
 

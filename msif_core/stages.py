@@ -50,7 +50,8 @@ class Stages:
         self.config = config
         self.workspace = Workspace(config.workspace.resolve())
         self.progress = progress
-        self._held: dict[str, str] = {}
+        self._factors: dict[str, str] = {}
+        self._corpora: dict[str, dict[str, Any]] | None = None
 
     @classmethod
     def from_config(cls, path: str | Path, progress: Progress = _silent) -> Self:
@@ -118,13 +119,24 @@ class Stages:
             )
 
     def corpus_manifest(self, stage: str) -> dict[str, Any]:
-        """What `tokenize` wrote of the stage."""
-        return dict(storage.read_json(self.workspace.corpus(stage) / "manifest.json"))
+        """What `tokenize` wrote of the stage; read once where it is held (`holding`)."""
+        held = {} if self._corpora is None else self._corpora
+        if stage not in held:
+            held[stage] = storage.read_json(self.workspace.corpus(stage) / "manifest.json")
+        return held[stage]
+
+    def corpus_version(self, stage: str) -> Path:
+        """Manifest that stays, of that version of the stage's corpus."""
+        return corpus.version_path(self.workspace.corpus(stage), self.corpus_manifest(stage))
 
     def shards(self, stage: str) -> list[Path]:
         """Sequence shards of a tokenized stage, in order."""
         folder = self.workspace.corpus(stage)
         return [folder / shard["sequences"] for shard in self.corpus_manifest(stage)["shards"]]
+
+    def shard(self, stage: str, number: int) -> Path:
+        """One of them."""
+        return self.workspace.corpus(stage) / str(self.corpus_manifest(stage)["shards"][number]["sequences"])
 
     def sequence_count(self, stage: str) -> int:
         """Number of sequences of a tokenized stage."""
@@ -149,8 +161,8 @@ class Stages:
         The data is that of the last full build: the pin keeps finished factors while documents come and go.
         A fit that did not finish before its documents changed starts again on the new ones.
         """
-        if stage in self._held:
-            return self._held[stage]
+        if stage in self._factors:
+            return self._factors[stage]
         recipe = self.recipe(stage)
         path = self.workspace.root / "pins" / f"{stage}.json"
         pin = storage.read_json(path) if path.exists() else None
@@ -162,10 +174,17 @@ class Stages:
         return fresh
 
     def holding(self, factors: dict[str, str]) -> Self:
-        """The same configuration with these factors (stage to fingerprint), whatever is pinned meanwhile."""
+        """The same configuration with these factors (stage to fingerprint), whatever is pinned meanwhile.
+
+        And with each corpus as it is when first asked for, whatever is tokenized meanwhile.
+        """
         held = type(self)(self.config, self.progress)
-        held._held = dict(factors)
+        held._factors, held._corpora = dict(factors), dict(self._corpora or {})
         return held
+
+    def as_it_stands(self) -> Self:
+        """The same configuration with the factors and the corpora of now, which a build is to be of throughout."""
+        return self.holding({stage.name: self.factors_fingerprint(stage.name) for stage in self.config.stages})
 
     def unpin(self) -> None:
         """Forget the pinned factors: the next build fits them on the corpus as it is."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from msif_core import corpus, index
+from msif_core import corpus, index, storage
 from msif_core.batching import Sequences
 from msif_core.pipeline import Pipeline
 from msif_core.sketch import Sketcher
@@ -106,6 +106,32 @@ def test_another_number_of_shards_still_finds_them(
         assert sketched == []
         assert built["changes"]["sequences"] == {"sketched": 0, "reused": 48, "removed": 0}
         assert len(read) <= 16, "once for each pair of shards that share documents"
+
+
+def test_a_publish_is_of_one_version_of_the_corpus(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline.from_config(project)
+    pipeline.run()
+    rewrite(project, 47)
+    pipeline.tokenize("pretrain")
+    original, read = Pipeline.index_shard, []
+
+    def index_shard(self: Pipeline, shard: int) -> Path:
+        """And at the first one, somebody else tokenizes other documents."""
+        path = original(self, shard)
+        if self.corpus_manifest("pretrain") not in read:
+            read.append(self.corpus_manifest("pretrain"))
+            rewrite(project, 40)
+            Pipeline.from_config(project).tokenize("pretrain")
+        return path
+
+    monkeypatch.setattr(Pipeline, "index_shard", index_shard)
+    built, root = manifest(pipeline.publish_generation()), pipeline.workspace.root
+    assert len(read) == 1
+    assert built["n_sequences"] == 47
+    _, entries = corpus.shard_entries(root / built["corpora"]["pretrain"])
+    assert [Path(path).stem for path in built["codes"]] == [Path(entry["sequences"]).stem for entry in entries]
+    assert len(storage.read_json(root / built["lexical"] / "documents.json")) == 47
+    assert pipeline.sequence_count("pretrain") == 40, "what the next build is of"
 
 
 def test_codes_of_another_trained_index_are_not_copied(project: Path) -> None:
