@@ -26,9 +26,9 @@ def prune(workspace: Workspace, keep: int = 3, grace_seconds: float = 3600.0, dr
     """Keep the published generation, those before it that `rollback` reaches, `keep` in all; drop the rest.
 
     Kept too: a generation that was built on the published one (withheld, or rolled back from), and one that was
-    published within `grace_seconds`, as queries may still be reading it. Any file younger than that stays, so that a
-    build under way loses nothing. Partial sums of finished factors go: they are needed only until the fit is done.
-    What killed builds left behind goes. Answers are never touched.
+    published within `grace_seconds`, as queries may still be reading it. Any file younger than that stays, and what was
+    made of the newest corpora or is locked, so that a build under way loses nothing. Partial sums of finished factors
+    go: they are needed only until the fit is done. What killed builds left behind goes. Answers are never touched.
     """
     edge = time.time() - grace_seconds
     manifests = {path.parent.name: storage.read_json(path) for path in workspace.generations.glob("*/manifest.json")}
@@ -37,7 +37,7 @@ def prune(workspace: Workspace, keep: int = 3, grace_seconds: float = 3600.0, dr
     names |= {name for name, manifest in manifests.items() if published is not None and manifest["parent"] == published}
     # The published generation's file bears the time of its build; others bear the time they were replaced.
     names |= {name for name in manifests if _newest(workspace.generations / name) > edge}
-    doomed = [path for path in _doomed(workspace, manifests, names) if _newest(path) <= edge] if names else []
+    doomed = [path for path in _doomed(workspace, manifests, names, edge) if _newest(path) <= edge] if names else []
     size = sum(file.stat().st_size for path in doomed for file in _files(path))
     if not dry_run:
         for path in doomed:
@@ -57,24 +57,33 @@ def _lineage(manifests: dict[str, Any], published: str | None, keep: int) -> lis
     return names
 
 
-def _doomed(workspace: Workspace, manifests: dict[str, Any], names: set[str]) -> Iterator[Path]:
+def _doomed(workspace: Workspace, manifests: dict[str, Any], names: set[str], edge: float) -> Iterator[Path]:
     """Generations first: one that a killed `prune` left half done is none."""
     root = workspace.root
     kept = [manifests[name] for name in sorted(names)]
     yield from (workspace.generations / name for name in sorted(manifests.keys() - names))
     used = {root / path for manifest in kept for path in parts(manifest)}
+    newest = [storage.read_json(path) for path in root.glob("corpus/[!.]*/manifest.json")]
+    used |= {root / "lexical" / manifest["fingerprint"] for manifest in newest}
     yield from (folder for folder in root.glob("lexical/[!.]*") if folder not in used)
     yield from _corpora(root, used)
     stems = {path.stem for path in used if path.suffix == ".faiss"}
+    stems |= {Path(shard["sequences"]).stem for manifest in newest for shard in manifest["shards"]}
     folders = {path.parent for path in used if path.suffix == ".faiss"}
     folders |= {root / manifest["exact"] for manifest in kept if manifest.get("exact")}
-    for folder in [*root.glob("codes/[!.]*"), *root.glob("exact/[!.]*")]:
-        if folder not in folders:
-            yield folder
-        else:
-            yield from (path for path in folder.glob("shard-*") if path.name.partition(".")[0] not in stems)
+    unnamed = {*root.glob("codes/[!.]*"), *root.glob("exact/[!.]*")} - folders
+    if all(_newest(folder) <= edge for folder in unnamed):  # else a build with other settings is under way
+        yield from sorted(unnamed)
+    for folder in sorted(folders):
+        yield from (path for path in folder.glob("shard-*") if path.name.partition(".")[0] not in stems)
     yield from _factors(root, kept)
-    yield from (path for path in root.glob("[!.]*/**/.tmp-*") if not any(p.name[:5] == ".tmp-" for p in path.parents))
+    left = (path for path in root.glob("[!.]*/**/.tmp-*") if not any(p.name[:5] == ".tmp-" for p in path.parents))
+    yield from (path for path in left if not _in_use(path))
+
+
+def _in_use(path: Path) -> bool:
+    """Whether a temporary file is a lock that is held, or lies in a folder that is locked: a tokenize under way."""
+    return storage.is_held(path if path.name.startswith(storage.LOCK) else storage.lock_of(path.parent))
 
 
 def _corpora(root: Path, used: set[Path]) -> Iterator[Path]:

@@ -13,6 +13,9 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+LOCK = ".tmp-lock-"
+"""How the names of locks begin."""
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -144,7 +147,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
         BusyError: somebody else holds it, and this is not to `wait`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(f".tmp-lock-{path.name}")
+    lock = lock_of(path)
     with open(lock, "ab") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -152,6 +155,23 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
             raise BusyError(str(path)) from None
         yield
         lock.unlink(missing_ok=True)
+
+
+def lock_of(path: Path) -> Path:
+    """The file whose lock is that of `path`."""
+    return path.with_name(f"{LOCK}{path.name}")
+
+
+def is_held(lock: Path) -> bool:
+    """Whether somebody holds that lock now."""
+    if not lock.exists():
+        return False
+    with open(lock, "rb") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def is_whole(path: Path) -> bool:
