@@ -201,15 +201,21 @@ def _corpora(workspace: Path) -> list[tuple[Path, Row]]:
 
 
 def _corpus_files(workspace: Path) -> dict[str, list[Path]]:
-    """Files of the corpora by table, whatever other versions lie beside them."""
+    """Files of the corpora by table, whatever other versions lie beside them.
+
+    The fit's quarantine is that of the published generation's factors, or of the pinned ones before a publish.
+    """
     found: dict[str, list[Path]] = {name: [] for name in CORPUS}
+    pinned = {pin.stem: storage.read_json(pin)["factors"] for pin in (workspace / "pins").glob("*.json")}
+    published = manifest_of(Workspace(workspace), Workspace(workspace).published()) or {}
+    factors = pinned | published.get("factors", {})
     for folder, manifest in _corpora(workspace):
         for shard in manifest["shards"]:
             for name in CORPUS:
                 if name in shard:
                     found[name].append(folder / shard[name])
             found["quarantine"] += folder.glob(f"quarantine-gradients-{Path(shard['sequences']).stem}.parquet")
-        found["quarantine"] += sorted(folder.glob("quarantine-fit-*.parquet"))
+        found["quarantine"] += sorted(folder.glob(f"quarantine-fit-{factors.get(folder.name)}-*.parquet"))
     return {name: files for name, files in found.items() if files}
 
 

@@ -385,10 +385,12 @@ def sample_documents(where: Path, count: int) -> list[str]:
 
 
 def quarantine(folder: Path, name: str, documents: Sequence[str], reason: str) -> None:
-    """Set documents aside with a reason, in a table of their own."""
-    if documents:
-        rows = {"document_id": sorted(set(documents)), "reason": [reason] * len(set(documents))}
-        _write(folder / f"quarantine-{name}.parquet", rows, QUARANTINE)
+    """Set documents aside with a reason, in a table of their own; without any there is none."""
+    path, found = folder / f"quarantine-{name}.parquet", sorted(set(documents))
+    if found:
+        _write(path, {"document_id": found, "reason": [reason] * len(found)}, QUARANTINE)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def encode_list(

@@ -110,6 +110,7 @@ def _factors(root: Path, kept: list[Any]) -> Iterator[Path]:
     for folder in root.glob("factors/[!.]*"):
         if folder.name not in fitted:
             yield folder
+            yield from root.glob(f"corpus/*/quarantine-fit-{folder.name}-*")
         elif (folder / "factors.json").exists():
             yield from folder.glob("partial-*")
 

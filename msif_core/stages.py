@@ -265,9 +265,10 @@ class Stages:
 
     def fit(self, stage: str) -> Fit:
         """The stage's fit; documents whose gradients are not finite go into the corpus's quarantine."""
+        folder, factors = self.workspace.corpus(stage), self.factors_fingerprint(stage)
 
         def quarantine(part: int, documents: list[str]) -> None:
-            corpus.quarantine(self.workspace.corpus(stage), f"fit-{part:05d}", documents, "the gradient is not finite")
+            corpus.quarantine(folder, f"fit-{factors}-{part:05d}", documents, "the gradient is not finite")
 
         return Fit(
             self.model(stage),

@@ -273,6 +273,22 @@ def poisoned(bad: int, parts: Sequence[Sequences]) -> None:
         ids[1] = 3
 
 
+def test_all_documents_that_left_a_part_are_told(maps: list[TrackedMap], tmp_path: Path) -> None:
+    model, part = make_model("llama", dtype=torch.float32), make_sequences(8)
+    for ids in part.input_ids:
+        ids[np.isin(ids, [3, 5])] = 4
+    part.input_ids[6][1], part.input_ids[2][1] = 3, 5
+    told: list[list[str]] = []
+    job = Fit(model, maps, tmp_path, **OPTIONS, quarantine=lambda _, names: told.append(names))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[3] = float("nan")
+        job.covariances(0, part)
+        job.eigenbases(0, 1)
+        model.get_input_embeddings().weight[5] = float("nan")
+        job.eigenvalues(0, part)
+    assert told == [["doc6"], ["doc2", "doc6"]]
+
+
 def test_documents_with_gradients_that_are_not_finite_leave_the_sums(maps: list[TrackedMap], tmp_path: Path) -> None:
     model = make_model("llama", dtype=torch.float32)
     parts = [make_sequences(6, 1), make_sequences(5, 2)]

@@ -16,6 +16,7 @@ from msif_core import catalog, corpus, scoring, storage
 from msif_core.config import Config
 from msif_core.errors import InputError
 from msif_core.pipeline import Pipeline
+from msif_core.pruning import prune
 from tests.tiny_project import write_project
 
 
@@ -99,3 +100,10 @@ def test_a_document_that_breaks_is_quarantined_and_the_rest_goes_on(tmp_path: Pa
     answer = pipeline.attribute([{"id": "q", "prompt": "", "completion": "A kite of oak: "}])
     assert "broken" not in answer.table["document_id"].to_pylist()
     assert np.isfinite(answer.table["score"].to_numpy()).all()
+
+    documents.write_text("".join(documents.read_text().splitlines(keepends=True)[:-1]))
+    pipeline.unpin()
+    pipeline.run()
+    assert catalog.query(pipeline.workspace.root, "SELECT * FROM quarantine").num_rows == 0
+    prune(pipeline.workspace, keep=1, grace_seconds=0)
+    assert not list(pipeline.workspace.root.rglob("quarantine-fit-*"))

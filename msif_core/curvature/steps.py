@@ -49,7 +49,8 @@ class _Matrix(NamedTuple):
 class Fit:
     """The fit of a stage's maps into `folder`.
 
-    `quarantine(part, documents)` is told of documents whose gradients are not finite; they leave the sums.
+    `quarantine(part, documents)` is told of all documents of the part whose gradients are not finite, each time that
+    there are more; they leave the sums.
     """
 
     model: nn.Module
@@ -193,9 +194,9 @@ class Fit:
                 finite[error.rows] = False
                 if 2 * int(finite.sum()) < len(sequences):
                     raise
-                bad = kept.take(np.flatnonzero(~finite))
-                dropped |= set(bad.fingerprints)
-                self.quarantine(part, bad.document_ids)
+                dropped |= {kept.fingerprints[row] for row in np.flatnonzero(~finite)}
+                documents = zip(sequences.document_ids, sequences.fingerprints, strict=True)
+                self.quarantine(part, [document for document, name in documents if name in dropped])
                 storage.write_json(record, sorted(dropped))
 
 
