@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, find_adapter_config_file
 
 from msif_core import storage
+from msif_core.checkpoint_cache import while_files_stay
 from msif_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class TrackedMap:
         return self.d_in * self.d_out
 
 
-@lru_cache(maxsize=4)
+@while_files_stay(4)
 def load_model(
     source: str,
     device: str = "cpu",
@@ -169,7 +169,7 @@ def freeze(model: nn.Module, tf32: bool = False) -> nn.Module:
     return model.eval()
 
 
-@lru_cache(maxsize=4)
+@while_files_stay(4)
 def load_tokenizer(source: str, revision: str | None = None) -> Any:
     """The checkpoint's tokenizer, None where it has none (records with input_ids need none).
 
@@ -182,7 +182,7 @@ def load_tokenizer(source: str, revision: str | None = None) -> Any:
         return load_tokenizer(adapter["base_model_name_or_path"], adapter.get("revision")) if adapter else None
 
 
-@lru_cache(maxsize=16)
+@while_files_stay(16)
 def model_fingerprint(source: str, revision: str | None = None) -> str:
     """Digest of a local checkpoint's weights and configuration; a hub model is its id and revision.
 

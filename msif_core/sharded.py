@@ -169,7 +169,7 @@ class Ranks:
         self._load = models.load_model
         self._loaded: dict[Any, Any] = {}
         self._passes = {name: getattr(home, name) for name, (home, _) in PASSES.items()}
-        models.load_model = self.load  # type: ignore[assignment]
+        models.load_model = self.load
         if dist.get_rank() == 0:
             for name, (home, _) in PASSES.items():
                 self._replace(home, name, self._leading(name))

@@ -71,7 +71,7 @@ class Stages:
         return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
     def model(self, stage: str) -> torch.nn.Module:
-        """The stage's frozen model (kept between calls in one process)."""
+        """The stage's frozen model (kept in this process while its files stay as they are)."""
         settings = self.config.stage(stage)
         return models.load_model(
             settings.model,

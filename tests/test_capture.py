@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,12 @@ from transformers.pytorch_utils import Conv1D
 
 from msif_core.batching import IGNORED, Batch, Sequences, batches
 from msif_core.capture import capture, counted_positions, forward
+from msif_core.checkpoint_cache import while_files_stay
 from msif_core.config import CurvatureSettings
 from msif_core.curvature.fit import NonFiniteError, covariance_sums, finite_sequences
 from msif_core.errors import InputError
 from msif_core.losses import draw_labels, sampled_loss, target_loss
-from msif_core.models import TrackedMap, coverage, freeze, load_model, tracked_maps
+from msif_core.models import TrackedMap, coverage, freeze, load_model, model_fingerprint, tracked_maps
 from msif_core.randomness import uniforms
 from msif_core.scoring import query_gradients
 from tests.conftest import VOCAB, make_model, make_sequences, task_of, tolerance
@@ -344,11 +346,33 @@ def test_coverage() -> None:
     assert total == sum(p.numel() for p in model.parameters())
 
 
-def test_a_checkpoint_without_a_head_is_refused(tmp_path: Any) -> None:
+def test_a_checkpoint_without_a_head_is_refused(tmp_path: Path) -> None:
     make_model("gpt2", dtype=torch.float32).save_pretrained(tmp_path)
     assert load_model(str(tmp_path)).training is False
     with pytest.raises(InputError, match=r"no weights for \['score.weight'\]"):
         load_model(str(tmp_path), task="classification")
+
+
+def test_a_model_trained_again_into_its_folder_is_read_again(tmp_path: Path) -> None:
+    loaded, fingerprints = [], []
+    for seed in (0, 1):
+        model = make_model("gpt2", seed, dtype=torch.float32)
+        model.save_pretrained(tmp_path)
+        loaded.append(load_model(str(tmp_path)))
+        fingerprints.append(model_fingerprint(str(tmp_path)))
+        assert load_model(str(tmp_path)) is loaded[-1]
+        assert model_fingerprint(str(tmp_path)) is fingerprints[-1]
+        for name, weight in model.named_parameters():
+            torch.testing.assert_close(loaded[-1].get_parameter(name), weight)
+    assert len(set(fingerprints)) == 2
+
+
+def test_as_many_models_are_kept_as_asked_for() -> None:
+    read: list[str] = []
+    keep = while_files_stay(2)(lambda source: read.append(source) or source)
+    for name in ("a", "b", "a", "c", "b", "c", "a"):
+        assert keep(name) == name
+    assert read == ["a", "b", "c", "a"]
 
 
 def test_non_finite_gradients_are_found() -> None:
