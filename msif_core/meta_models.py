@@ -9,8 +9,10 @@ import torch
 import transformers
 from torch import nn
 
+from msif_core.checkpoint_cache import while_files_stay
 from msif_core.config import Config, Stage
 from msif_core.errors import InputError
+from msif_core.models import adapter_to_merge
 
 _PYTHIA = {"model_type": "gpt_neox", "rotary_pct": 0.25, "max_position_embeddings": 2048, "use_parallel_residual": True}
 _PYTHIA_3B = {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240}
@@ -30,30 +32,36 @@ KNOWN: dict[str, dict[str, Any]] = {
 
 
 def meta_model(config: Config, stage: Stage) -> nn.Module:
-    """The stage's model without weights.
+    """The stage's model without weights; an adapter's is its base model's.
 
     Raises:
-        InputError: no configuration of it can be read here.
+        InputError: no configuration of it can be read here, or it is an adapter and to be refused.
     """
-    known = KNOWN.get(stage.model)
-    try:
-        if known is not None and not Path(stage.model).exists():
-            kind = str(known["model_type"])
-            settings = transformers.AutoConfig.for_model(kind, **{k: v for k, v in known.items() if k != "model_type"})
-        else:
-            settings = transformers.AutoConfig.from_pretrained(
-                stage.model,
-                revision=stage.revision or "main",
-                trust_remote_code=config.compute.trust_remote_code,
-            )
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"stage {stage.name!r}: no configuration of {stage.model} can be read here ({str(error).splitlines()[0]}); "
-            "give a folder with its config.json"
-        ) from None
+    return _meta_model(stage.model, stage.revision, stage.task, stage.adapter, config.compute.trust_remote_code)
+
+
+@while_files_stay(4)
+def _meta_model(source: str, revision: str | None, task: str, adapter: str, trust_remote_code: bool) -> nn.Module:
     auto = {
         "causal_lm": transformers.AutoModelForCausalLM,
         "classification": transformers.AutoModelForSequenceClassification,
-    }[stage.task]
+    }[task]
+    settings = _settings(source, revision, adapter, trust_remote_code)
     with torch.device("meta"):
-        return auto.from_config(settings, trust_remote_code=config.compute.trust_remote_code)
+        return auto.from_config(settings, trust_remote_code=trust_remote_code)
+
+
+def _settings(source: str, revision: str | None, adapter: str, trust_remote_code: bool) -> Any:
+    if source in KNOWN and not Path(source).exists():
+        return transformers.AutoConfig.for_model(**KNOWN[source])
+    if (merged := adapter_to_merge(source, revision, adapter)) is not None:
+        return _settings(merged["base_model_name_or_path"], merged.get("revision"), "refuse", trust_remote_code)
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            source, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{source}: no configuration of a model can be read here ({str(error).splitlines()[0]}); "
+            "give a folder with its config.json"
+        ) from None

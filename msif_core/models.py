@@ -102,14 +102,9 @@ def load_model(
             not to be merged, or cannot be.
     """  # fmt: skip
     options = (dtype, task, trust_remote_code)
-    settings = adapter_settings(source, revision)
+    settings = adapter_to_merge(source, revision, adapter)
     if settings is None:
         return freeze(_read_checkpoint(source, revision, *options).to(device), tf32)
-    if adapter != "merge":
-        raise InputError(
-            f"{source}: a PEFT adapter of {settings['base_model_name_or_path']}, not a whole model; set "
-            "`adapter: merge` on its stage, or merge it yourself (merge_and_unload) and name the saved folder"
-        )
     # peft itself would fall back on a pickle.
     weights = cached_file(
         source, "adapter_model.safetensors", revision=revision, _raise_exceptions_for_missing_entries=False
@@ -127,6 +122,21 @@ def load_model(
         name = settings["base_model_name_or_path"]
         raise InputError(f"{source}: the adapter cannot be merged into its base model {name}: {error}") from None
     return freeze(merged.to(device), tf32)
+
+
+def adapter_to_merge(source: str, revision: str | None, adapter: str) -> dict[str, Any] | None:
+    """`adapter_settings`, where `adapter` is "merge".
+
+    Raises:
+        InputError: it is an adapter, and to be refused.
+    """
+    settings = adapter_settings(source, revision)
+    if settings is not None and adapter != "merge":
+        raise InputError(
+            f"{source}: a PEFT adapter of {settings['base_model_name_or_path']}, not a whole model; set "
+            "`adapter: merge` on its stage, or merge it yourself (merge_and_unload) and name the saved folder"
+        )
+    return settings
 
 
 def adapter_settings(source: str, revision: str | None = None) -> dict[str, Any] | None:

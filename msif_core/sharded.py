@@ -184,12 +184,14 @@ class Ranks:
     def load(self, *arguments: Any, **keywords: Any) -> Any:
         """`models.load_model`, with the layers' weights sharded over the ranks.
 
+        It is read on the CPU; `fully_shard` moves one layer after the other, so that no device ever holds it whole.
+
         Raises:
             InputError: the model is not a causal language model.
         """
         key = (arguments, tuple(sorted(keywords.items())))
         if key not in self._loaded:
-            model = self._load(*arguments, **keywords)
+            model = self._load(*arguments, **{**keywords, "device": "cpu"})
             if not hasattr(model, "get_output_embeddings") or keywords.get("task", "causal_lm") != "causal_lm":
                 raise InputError("compute.ranks above 1 takes causal language models only")
             for layer in next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList)):

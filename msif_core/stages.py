@@ -25,6 +25,7 @@ from msif_core.curvature.factors import VERSION, Factors
 from msif_core.curvature.steps import Fit
 from msif_core.errors import InputError
 from msif_core.generating import complete
+from msif_core.meta_models import meta_model
 from msif_core.queries import Queries, load_queries
 from msif_core.retrieval import FloatArray
 from msif_core.scoring import Gradients
@@ -89,13 +90,17 @@ class Stages:
         settings = self.config.stage(stage)
         return models.load_tokenizer(settings.model, revision=settings.revision)
 
+    def structure(self, stage: str) -> torch.nn.Module:
+        """The stage's model without weights."""
+        return meta_model(self.config, self.config.stage(stage))
+
     def maps(self, stage: str) -> list[models.TrackedMap]:
         """The stage's tracked maps."""
-        return models.tracked_maps(self.model(stage), self.config.curvature)
+        return models.tracked_maps(self.structure(stage), self.config.curvature)
 
     def max_length(self, stage: str) -> int:
         """Window length in tokens."""
-        context = getattr(self.model(stage).config, "max_position_embeddings", None)
+        context = getattr(self.structure(stage).config, "max_position_embeddings", None)
         return self.config.corpus.max_length or context or 1024
 
     @property
@@ -217,26 +222,26 @@ class Stages:
         """Sum a a^T and d d^T over one part of the sample; nothing where another process has finished the fit."""
         if self.fitted(stage):
             return []
-        return self.fit(stage).covariances(part, self.fit_sample(stage, part))
+        return self.fit(stage, self.model(stage)).covariances(part, self.fit_sample(stage, part))
 
     def eigenbasis_part(self, stage: str, part: int) -> list[Path]:
         """Diagonalise one part's share of the covariances; nothing where another process has finished the fit."""
         if self.fitted(stage):
             return []
-        return self.fit(stage).eigenbases(part, len(self.fit_parts(stage)))
+        return self.fit(stage, self.structure(stage)).eigenbases(part, len(self.fit_parts(stage)), self.device)
 
     def eigenvalue_part(self, stage: str, part: int) -> list[Path]:
         """Sum the squared rotated gradients of one part; nothing where another process has finished the fit."""
         if self.fitted(stage):
             return []
-        return self.fit(stage).eigenvalues(part, self.fit_sample(stage, part))
+        return self.fit(stage, self.model(stage)).eigenvalues(part, self.fit_sample(stage, part))
 
     def combine_eigenvalues(self, stage: str) -> Path:
         """Add the parts' sums into the corrected eigenvalues; returns the finished factors' folder."""
         with storage.locked(self.factors_folder(stage) / "factors.json"):
             if self.fitted(stage):
                 return self.factors_folder(stage)
-            return self.fit(stage).finish(len(self.fit_parts(stage)))
+            return self.fit(stage, self.structure(stage)).finish(len(self.fit_parts(stage)))
 
     def fit_stage(self, stage: str) -> Path:
         """The whole fit, step by step; returns the finished factors' folder."""
@@ -263,15 +268,18 @@ class Stages:
         for sums in self.factors_folder(stage).glob("partial-*"):
             shutil.rmtree(sums, ignore_errors=True)  # another process may be at it too
 
-    def fit(self, stage: str) -> Fit:
-        """The stage's fit; documents whose gradients are not finite go into the corpus's quarantine."""
+    def fit(self, stage: str, model: torch.nn.Module) -> Fit:
+        """The stage's fit, by its structure where no pass is run.
+
+        Documents whose gradients are not finite go into the corpus's quarantine.
+        """
         folder, factors = self.workspace.corpus(stage), self.factors_fingerprint(stage)
 
         def quarantine(part: int, documents: list[str]) -> None:
             corpus.quarantine(folder, f"fit-{factors}-{part:05d}", documents, "the gradient is not finite")
 
         return Fit(
-            self.model(stage),
+            model,
             self.maps(stage),
             self.factors_folder(stage),
             self.config.stage(stage).task,

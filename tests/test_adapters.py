@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from msif_core.config import Stage
+from msif_core.config import Config, CurvatureSettings, Stage
 from msif_core.errors import InputError
-from msif_core.models import load_model, model_fingerprint
+from msif_core.models import load_model, model_fingerprint, tracked_maps
+from msif_core.pipeline import Pipeline
 from tests.conftest import make_model
 
 RANK, ALPHA = 2, 6
@@ -74,6 +75,18 @@ def test_a_merged_adapter_adds_its_product_to_the_base(adapter: Path, base: Path
     for name, weight in plain.named_parameters():
         expected = weight + ALPHA / RANK * B @ A if name == f"{MAP}.weight" else weight
         torch.testing.assert_close(merged.get_parameter(name), expected)
+
+
+def test_the_structure_is_that_of_the_base_model(adapter: Path, base: Path, tmp_path: Path) -> None:
+    def pipeline(**stage: str) -> Pipeline:
+        stages = [{"name": "s", "documents": "d", **stage}]
+        return Pipeline(Config.model_validate({"workspace": tmp_path, "stages": stages}))
+
+    merged, whole = pipeline(model=str(adapter), adapter="merge"), pipeline(model=str(base))
+    assert merged.max_length("s") == whole.max_length("s") == 32
+    assert merged.maps("s") == whole.maps("s") == tracked_maps(merged.model("s"), CurvatureSettings())
+    with pytest.raises(InputError, match=r"a PEFT adapter of .*, not a whole model"):
+        pipeline(model=str(adapter)).max_length("s")
 
 
 def test_the_fingerprint_is_that_of_adapter_and_base(adapter: Path, base: Path) -> None:

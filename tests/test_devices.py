@@ -47,8 +47,8 @@ def fitted(model: Any, split: str, folder: Path, task: str, seed: int) -> Path:
         for part, sequences in enumerate(parts):
             step(part, sequences)
         if step == steps.covariances:
-            steps.eigenbases(0, 2)
-            steps.eigenbases(1, 2)
+            for part in range(2):
+                steps.eigenbases(part, 2, model.device)
     return steps.finish(2)
 
 

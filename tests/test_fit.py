@@ -35,7 +35,7 @@ def run(model: Any, maps: list[TrackedMap], folder: Path, order: Sequence[int] =
     for part in order:
         job.covariances(part, PARTS[part])
     for part in order:
-        job.eigenbases(part, 2)
+        job.eigenbases(part, 2, torch.device("cpu"))
     for part in order:
         job.eigenvalues(part, PARTS[part])
     return Factors.open(job.finish(2))
@@ -283,7 +283,7 @@ def test_all_documents_that_left_a_part_are_told(maps: list[TrackedMap], tmp_pat
     with torch.no_grad():
         model.get_input_embeddings().weight[3] = float("nan")
         job.covariances(0, part)
-        job.eigenbases(0, 1)
+        job.eigenbases(0, 1, torch.device("cpu"))
         model.get_input_embeddings().weight[5] = float("nan")
         job.eigenvalues(0, part)
     assert told == [["doc6"], ["doc2", "doc6"]]
@@ -300,7 +300,7 @@ def test_documents_with_gradients_that_are_not_finite_leave_the_sums(maps: list[
         for i, part in enumerate(parts):
             job.covariances(i, part)
         for i in range(2):
-            job.eigenbases(i, 2)
+            job.eigenbases(i, 2, torch.device("cpu"))
         for i, part in enumerate(parts):
             job.eigenvalues(i, part)
         return Factors.open(job.finish(2))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from msif_core import catalog, corpus, scoring, storage
+from msif_core import catalog, corpus, models, scoring, storage
 from msif_core.config import Config
 from msif_core.errors import InputError
 from msif_core.pipeline import Pipeline
@@ -78,6 +78,23 @@ def test_a_group_of_maps_that_all_drop_out_adds_nothing(
     dropped |= {m.name for m in roomy.maps("pretrain")}
     with pytest.raises(InputError, match="nothing to score with"):
         both(roomy)
+
+
+def test_steps_without_a_pass_load_no_model(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, stage, loaded = Pipeline.from_config(project), "pretrain", []
+    original = models.load_model
+    monkeypatch.setattr(models, "load_model", lambda *a, **named: loaded.append(a) or original(*a, **named))
+    pipeline.tokenize(stage)
+    assert not loaded
+    pipeline.covariance_part(stage, 0)
+    passes = len(loaded)
+    pipeline.eigenbasis_part(stage, 0)
+    assert len(loaded) == passes > 0
+    pipeline.eigenvalue_part(stage, 0)
+    passes = len(loaded)
+    pipeline.combine_eigenvalues(stage)
+    assert pipeline.fitted(stage)
+    assert len(loaded) == passes
 
 
 def test_a_document_that_breaks_is_quarantined_and_the_rest_goes_on(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def prepare(case: Case) -> Mapping[str, Step]:
         with mock.patch.object(fit, "sampled_loss", lambda task, _seed: target_loss(task)):
             steps = Fit(model, maps, folder, "causal_lm", seed=0, batch_tokens=batch_tokens, budget_gb=BUDGET)
             steps.covariances(0, train)
-            steps.eigenbases(0, 1)
+            steps.eigenbases(0, 1, model.device)
             steps.eigenvalues(0, train)
             steps.finish(1)
 

@@ -77,12 +77,11 @@ class Fit:
 
         return [self._write("covariance", part, group, sequences, sums) for group in range(len(self.groups))]
 
-    def eigenbases(self, part: int, parts: int) -> list[Path]:
+    def eigenbases(self, part: int, parts: int, device: torch.device) -> list[Path]:
         """Add up one part's share of the covariances, of all `parts`, and diagonalise them in float64: a file for each.
 
-        The costliest are dealt out first, so that the shares are alike.
+        The costliest are dealt out first, so that the shares are alike. The model is not used, nor by `finish`.
         """
-        device = next(self.model.parameters()).device
         written = []
         for matrix in self._matrices[part::parts]:
 

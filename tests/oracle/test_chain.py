@@ -19,7 +19,7 @@ def fit_factors(model, maps, folder, task, seed):
     job = Fit(model, maps, folder, task, seed, batch_tokens=64, budget_gb=1.0)
     sequences = make_sequences(12, seed, task)
     job.covariances(0, sequences)
-    job.eigenbases(0, 1)
+    job.eigenbases(0, 1, torch.device("cpu"))
     job.eigenvalues(0, sequences)
     job.finish(1)
     return Factors.open(folder)
