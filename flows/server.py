@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
 from prefect.client.orchestration import get_client
 from prefect.events.worker import EventsWorker
+from prefect.exceptions import ObjectNotFound
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
@@ -119,6 +120,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def limit_accelerator(limit: int) -> None:
-    """Create the server's concurrency limit for tasks that run a model, or set it anew."""
+    """Let the server run so many tasks that run a model at a time; a higher limit stays, as others may share it."""
     with get_client(sync_client=True) as client:
+        with suppress(ObjectNotFound):
+            limit = max(limit, client.read_concurrency_limit_by_tag(ACCELERATOR).concurrency_limit)
         client.create_concurrency_limit(tag=ACCELERATOR, concurrency_limit=limit)

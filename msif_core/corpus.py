@@ -343,6 +343,14 @@ def read_documents(where: Path, columns: list[str] | None = None) -> pa.Table:
     return pa.concat_tables([read_table(folder / shard["documents"], columns) for shard in shards])
 
 
+def texts(where: Path) -> Iterator[tuple[str, str]]:
+    """Id and text of every document, read shard by shard."""
+    folder, entries = shard_entries(where)
+    for entry in entries:
+        table = read_table(folder / entry["documents"], ["document_id", "text"])
+        yield from zip(table["document_id"].to_pylist(), table["text"].to_pylist(), strict=True)
+
+
 def document_texts(where: Path, documents: Sequence[str]) -> dict[str, str]:
     """Texts of the named documents."""
     folder, shards = shard_entries(where)

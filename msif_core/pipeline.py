@@ -149,14 +149,18 @@ class Pipeline(Stages):
             if path != now[shard] and path.exists():
                 yield path
 
+    @property
+    def lexical(self) -> bool:
+        """Whether a generation has a BM25 index: where candidates come from it."""
+        return self.config.retrieval.candidates != "gradient"
+
     def build_lexical(self) -> Path:
         """The BM25 index over the documents' words."""
         manifest = self.corpus_manifest(self.target)
         folder = self.workspace.root / "lexical" / str(manifest["fingerprint"])
         if not folder.exists():
-            documents = corpus.read_documents(self.workspace.corpus(self.target), ["document_id", "text"])
             with storage.atomic_folder(folder) as temporary:
-                LexicalIndex.build(documents["document_id"].to_pylist(), documents["text"].to_pylist()).save(temporary)
+                LexicalIndex.build(corpus.texts(self.workspace.corpus(self.target))).save(temporary)
         return folder
 
     # -- recall -----------------------------------------------------------------------------------
@@ -270,6 +274,7 @@ class Pipeline(Stages):
             self.corpus_manifest(self.target)["fingerprint"],
             [(stage.filter.model_dump(), self.factors_fingerprint(stage.name)) for stage in self.config.stages],
             self.config.index.model_dump(exclude={"min_recall"}),
+            self.lexical,
             queries.fingerprint if queries is not None else None,
         )
 
@@ -311,7 +316,7 @@ class Pipeline(Stages):
             "factors": {stage.name: self.factors_fingerprint(stage.name) for stage in self.config.stages},
             "codes_key": self.codes_folder().name,
             "codes": codes,
-            "lexical": str(self.build_lexical().relative_to(root)),
+            "lexical": str(self.build_lexical().relative_to(root)) if self.lexical else None,
             "exact": str(self.exact_folder(queries).relative_to(root)) if queries is not None else None,
             "n_sequences": self.sequence_count(self.target),
             "index_bytes": sum(path.stat().st_size for path in shards),
