@@ -19,7 +19,7 @@ from msif_core.config import Config, HubDataset, Stage
 from msif_core.curvature.fit import partitions, statistics
 from msif_core.devices import Rates, rates
 from msif_core.errors import InputError
-from msif_core.index import kind_for
+from msif_core.index import cells, kind_for
 from msif_core.meta_models import meta_model
 from msif_core.models import TrackedMap, coverage, tracked_maps
 from msif_core.probe import PassTime
@@ -81,7 +81,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """All of it; `index_bytes` are codes and each shard's centre, `recall_sweeps` the passes over recall's sample."""
+    """All of it; `index_bytes` are codes and each shard's centres, `recall_sweeps` the passes over recall's sample."""
 
     rates: Rates
     devices: int
@@ -138,7 +138,9 @@ def make_plan(
     sweeps = query_sweeps(config, last.work, config.index.recall_queries) if config.queries else []
     sweeps = [last.work.maps] if sweeps and config.index.recall_rank else sweeps
     kind = kind_for(config.index, target.size.sequences)
-    index_bytes = target.size.sequences * code_bytes(config, kind) + target.size.shards * 4 * config.sketch.dimensions
+    centres = 1 + (cells(TRAINING_SAMPLE, target.size.sequences) if kind == "ivf" else 0)
+    index_bytes = target.size.sequences * code_bytes(config, kind)
+    index_bytes += target.size.shards * centres * 4 * config.sketch.dimensions
     steps = [step for planned in found.values() for step in fit_steps(config, planned, speed)]
     steps += index_steps(config, target, sweeps, speed)
     steps += query_steps(config, last, target, speed, index_bytes / 4 if kind == "ivf" else index_bytes)

@@ -51,14 +51,16 @@ def files_of(pattern: str) -> list[Path]:
 
 
 def source_fingerprint(documents: Documents) -> str:
-    """Digest of what the sources hold: the bytes of files, the names of hub datasets."""
+    """Digest of what the sources hold: the bytes of files, the names of datasets on the hub."""
     sources = documents if isinstance(documents, list) else [documents]
     parts: list[Any] = []
     for source in sources:
         if isinstance(source, HubDataset):
             parts.append(source.model_dump())
+            files = sorted(path for path in Path(source.dataset).rglob("*") if path.is_file())
         else:
-            parts.extend((path.name, storage.file_digest(path)) for path in files_of(source))
+            files = files_of(source)
+        parts.extend((path.name, storage.file_digest(path)) for path in files)
     return storage.fingerprint(parts)
 
 

@@ -159,6 +159,8 @@ def test_jsonl_parquet_and_datasets_give_the_same_shards(tmp_path: Path, tokeniz
     write_jsonl(tmp_path / "hub" / "train.jsonl", found)
     built = [build(source, tmp_path / f"c{i}", tokenizer) for i, source in enumerate(sources)]
     assert len({manifest["fingerprint"] for manifest in built}) == 1
+    write_jsonl(tmp_path / "hub" / "train.jsonl", documents(13))
+    assert build(sources[2], tmp_path / "c2", tokenizer) != built[2], "a folder that a dataset is read from changed"
 
 
 def encodings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
