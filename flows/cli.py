@@ -283,6 +283,14 @@ def prune(
 
 
 @app.command()
+def settings() -> None:
+    """Print every setting of the configuration with its default, as Markdown."""
+    from flows.show_settings import markdown
+
+    print(markdown(), end="")
+
+
+@app.command()
 def serve(
     config: ConfigFile,
     cron: Annotated[str | None, typer.Option(help="When to rebuild, in UTC, for example '0 3 * * *'.")] = None,

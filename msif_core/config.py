@@ -1,7 +1,6 @@
 """Everything a user can set, as pydantic models.
 
-The field descriptions serve three times: as the reference of the YAML file, as the command line's help
-and as the form in the Prefect UI.
+The descriptions are the reference of the YAML file: docs/settings.md, which `msif settings` prints.
 """
 
 from __future__ import annotations
@@ -38,15 +37,15 @@ Documents = Annotated[
 
 
 class Training(Settings):
-    """How a stage was trained. Needed by `msif demo`, by retraining and by `unrolled` filters."""
+    """How a stage was trained. Needed by `msif demo` and by retraining."""
 
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
     epochs: float = Field(1.0, gt=0, description="Passes over the stage's data.")
     batch_size: int = Field(32, ge=1, description="Sequences in an optimizer step.")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled, as AdamW's.")
     warmup: float = Field(0.05, ge=0, le=1, description="Share of the steps with a rising learning rate.")
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    seed: int = 0
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="The optimizer; sgd is without momentum.")
+    seed: int = Field(0, description="Seed of the first weights and of the order of the data.")
 
 
 class Filter(Settings):
@@ -58,8 +57,12 @@ class Filter(Settings):
         "identity: no curvature, the gradient dot product.",
     )
     damping: float = Field(0.1, gt=0, description="lambda of the attributed stage, alpha of a later one.")
-    tau: float | None = Field(None, gt=0, description="Sum of learning rates, for `unrolled`.")
-    relative: bool = Field(True, description="damping in units of the block's mean eigenvalue (tau: of its inverse).")
+    tau: float | None = Field(None, gt=0, description="Training time, for `unrolled`: see `relative`.")
+    relative: bool = Field(
+        True,
+        description="damping in units of the block's mean eigenvalue, tau of its inverse. For a tau that is a sum of "
+        "learning rates, false.",
+    )
     per_token_mean: bool = Field(
         False,
         description="The training minimised a mean over tokens: absolute values are rescaled by "
@@ -137,7 +140,7 @@ class SketchSettings(Settings):
         description="The eigendirections that carry most of the scores, as the factors let expect, are kept: for this "
         "share of what rotating into all of them costs. Without whitening nothing is rotated, and all is kept.",
     )  # fmt: skip
-    seed: int = 0
+    seed: int = Field(0, description="Seed of the signs and of the dimensions that are kept.")
 
 
 class IndexSettings(Settings):
@@ -161,7 +164,10 @@ class IndexSettings(Settings):
         "over the sample whatever the memory. Whole, and exact, by default; the generation records what a cut loses.",
     )
     min_recall: float = Field(
-        0.0, ge=0, le=1, description="A build whose recall@10 at 2% re-scored is lower is kept but not published."
+        0.0,
+        ge=0,
+        le=1,
+        description="A build whose recall@10 at 2% re-scored is lower is kept but not published. Needs `queries`.",
     )
     drift_sample: int = Field(
         256, ge=0, description="Sequences on which a build measures how far the pinned factors have drifted."
@@ -172,7 +178,12 @@ class RetrievalSettings(Settings):
     """Candidates and re-ranking."""
 
     top_k: int = Field(20, ge=1, description="Documents in the answer to a query.")
-    candidates: Literal["gradient", "bm25", "both"] = "both"
+    candidates: Literal["gradient", "bm25", "both"] = Field(
+        "both",
+        description="Where the documents that are scored exactly come from: the gradient index, the words that they "
+        "share with the query, or both. A build with `gradient` makes no BM25 index, which takes 25 bytes of memory a "
+        "word of the corpus to build.",
+    )
     rerank_fraction: float = Field(0.02, gt=0, le=1, description="Share of the sequences re-scored exactly.")
     rerank_min: int = Field(100, ge=1, description="At least so many sequences are re-scored.")
     rerank_max: int = Field(500, ge=1, description="At most so many sequences are re-scored per query and source.")
@@ -198,7 +209,10 @@ class ComputeSettings(Settings):
         "in float32. A bfloat16 model's gradients lose nothing, the eigenbases they are seen in a little.",
     )
     batch_tokens: int = Field(4096, ge=1, description="Padded tokens in a batch.")
-    workers: int = Field(1, ge=1, description="Shards in work at a time in one process.")
+    workers: int = Field(
+        1, ge=1, description="Tasks that run a model which the Prefect server allows at a time; in one process they "
+        "come one after another."
+    )  # fmt: skip
     ranks: int = Field(
         1,
         ge=1,
@@ -249,8 +263,8 @@ class RetrainingSettings(Settings):
     left_out_queries: int = Field(6, ge=0, description="Queries with leave-some-out retraining; each costs a training.")
     vocabulary: int = Field(1024, ge=259, description="Size of the tokenizer, trained on the pool.")
     hidden: int = Field(64, ge=8, description="Width of the retrained model.")
-    layers: int = Field(2, ge=1)
-    heads: int = Field(4, ge=1)
+    layers: int = Field(2, ge=1, description="Its layers.")
+    heads: int = Field(4, ge=1, description="Its attention heads.")
 
 
 class Config(Settings):
