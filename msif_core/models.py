@@ -119,7 +119,7 @@ def load_model(
     try:
         import peft
     except ImportError:
-        raise InputError(f"{source}: to merge an adapter, peft is needed; pip install 'msif[adapters]'") from None
+        raise InputError(f"{source}: to merge an adapter, peft is needed: pip install peft") from None
     base = _read_checkpoint(settings["base_model_name_or_path"], settings.get("revision"), *options)
     try:
         merged = peft.PeftModel.from_pretrained(base, source, revision=revision).merge_and_unload()
