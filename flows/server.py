@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 from prefect.client.orchestration import get_client
@@ -37,10 +37,12 @@ def server(workspace: Path, keep: bool = False) -> Iterator[str]:
     answers, or started; what was started here is stopped at the end unless `keep`.
 
     Raises:
-        InputError: the server does not come up; names its log.
+        InputError: the configured server does not answer, or the local one does not come up; names its log.
     """
     prefect_defaults()
     if url := PREFECT_API_URL.value():
+        if not _answers(url):
+            raise InputError(f"PREFECT_API_URL is {url}, where nothing answers; start that server, or unset it")
         yield url
         return
     folder = workspace.resolve() / "server"
@@ -99,6 +101,17 @@ def _healthy(url: str) -> bool:
             return bool(answer.status == 200)
     except (URLError, OSError):
         return False
+
+
+def _answers(url: str) -> bool:
+    """Whether something is there, whatever it answers: a server may ask for a login first."""
+    try:
+        urlopen(f"{url}/health", timeout=10).close()
+    except HTTPError:
+        return True
+    except (URLError, OSError):
+        return False
+    return True
 
 
 def _drain() -> None:

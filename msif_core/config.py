@@ -199,7 +199,9 @@ class CompletionSettings(Settings):
 class ComputeSettings(Settings):
     """Where and how the passes run."""
 
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto (the first GPU, if any), cpu, cuda, cuda:1 ..."
+    )
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         "float32", description="The model's dtype; sums are float32 or better whatever it is."
     )

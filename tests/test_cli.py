@@ -82,6 +82,16 @@ def test_evaluate_needs_queries(msif: Callable[..., tuple[int, str]], tmp_path: 
     assert "set `queries`" in error
 
 
+def test_a_server_that_does_not_answer_is_named(msif: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        code, error = msif("run", config(tmp_path))
+    assert (code, error) == (
+        2, "msif: PREFECT_API_URL is http://127.0.0.1:9/api, where nothing answers; start that server, or unset it\n",
+    )  # fmt: skip
+
+
 def test_plan_refuses_a_wrong_count(msif: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     code, error = msif("plan", config(tmp_path), "--sequences", "pretrain=many")
     assert (code, error) == (
