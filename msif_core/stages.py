@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from msif_core import corpus, low_rank, models, scoring, storage
+from msif_core import corpus, low_rank, models, scoring, storage, vocabulary
 from msif_core.batching import Sequences
 from msif_core.chain import Chain, FilteredStage
 from msif_core.config import Config
@@ -99,10 +99,14 @@ class Stages:
     # -- corpus -----------------------------------------------------------------------------------
 
     def tokenize(self, stage: str) -> Path:
-        """Write the stage's documents as shards of token sequences; returns the manifest's path."""
+        """Write the stage's documents as shards of token sequences; returns the manifest's path.
+
+        Raises:
+            InputError: a record is malformed, or has tokens or labels that the stage's model lacks.
+        """
         settings = self.config.stage(stage)
         with storage.locked(self.workspace.corpus(stage)):
-            return corpus.tokenize(
+            path = corpus.tokenize(
                 settings.documents,
                 self.workspace.corpus(stage),
                 tokenizer=self.tokenizer(stage),
@@ -110,6 +114,9 @@ class Stages:
                 settings=self.config.corpus,
                 task=settings.task,
             )
+        for shard in self.shards(stage):
+            vocabulary.check_shard(shard, self.model(stage), settings.task, stage)
+        return path
 
     def corpus_manifest(self, stage: str) -> dict[str, Any]:
         """What `tokenize` wrote of the stage."""
@@ -294,7 +301,9 @@ class Stages:
             )
 
         generates = answers if last.task == "causal_lm" else None
-        return load_queries(source, tokenizer, self.max_length(last.name), last.task, generates)
+        found = load_queries(source, tokenizer, self.max_length(last.name), last.task, generates)
+        vocabulary.check_sequences(found.sequences, self.model(last.name), last.task, last.name)
+        return found
 
     def query_gradients(self, queries: Queries, *, rotated: bool = True) -> Iterator[tuple[slice, Gradients]]:
         """Gradients of the queries' measurements at the last stage: some queries' and some maps' at a time.
