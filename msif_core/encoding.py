@@ -60,7 +60,10 @@ def _encode_classified(record: records.Record, tokenizer: Any, max_length: int) 
 
 def _need_tokenizer(record: records.Record, tokenizer: Any) -> None:
     if tokenizer is None:
-        raise InputError(f"record {record['id']!r} is text, but the stage's model has no tokenizer; give input_ids")
+        raise InputError(
+            f"record {record['id']!r} is text, but the stage's model has no tokenizer; give input_ids, or a model "
+            "folder with a tokenizer"
+        )
 
 
 def _end(tokenizer: Any) -> list[int]:

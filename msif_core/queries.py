@@ -160,5 +160,8 @@ def _one_window_each(found: list[Record], tokenizer: Any, max_length: int, task:
         if count == 0:
             raise InputError(f"query {record['id']!r} has no token whose loss could be explained; give it more text")
         if count > 1:
-            raise InputError(f"query {record['id']!r} does not fit one window of {max_length} tokens; shorten it")
+            raise InputError(
+                f"query {record['id']!r} does not fit one window of {max_length} tokens; shorten it, or raise "
+                "corpus.max_length as far as the model reads"
+            )
     return sequences

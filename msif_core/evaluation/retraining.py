@@ -133,7 +133,10 @@ class Retraining:
         order = np.random.default_rng(self.settings.seed).permutation(len(found))
         chosen = sorted((int(i) for i in order), key=lambda i: found[i]["id"] not in gold)[: self.settings.pool]
         if len(chosen) < self.settings.pool:
-            raise InputError(f"retraining.pool is {self.settings.pool}, but there are {len(found)} documents")
+            raise InputError(
+                f"retraining.pool is {self.settings.pool}, but there are {len(found)} documents; set retraining.pool "
+                f"to {len(found)} or less"
+            )
         return [found[i] for i in sorted(chosen)]
 
     @cached_property
