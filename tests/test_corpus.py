@@ -278,6 +278,7 @@ def test_sequences_and_documents_find_each_other(tmp_path: Path, tokenizer: Any)
     sample = corpus.sample_documents(folder, 5)
     assert len(set(sample)) == 5
     assert sample == corpus.sample_documents(folder, 8)[:5]
+    assert len(corpus.sequences_of_documents(folder, [])) == 0
 
 
 def test_read_shard_gives_aligned_arrays(tmp_path: Path, tokenizer: Any):
