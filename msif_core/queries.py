@@ -110,6 +110,17 @@ def load_queries(
     )
 
 
+def check_single(queries: Queries, source: str, who: str) -> None:
+    """Refuse queries that are not the loss of one completion, each of its own.
+
+    Raises:
+        InputError: names the file, the query, and who does not take it.
+    """
+    for row, (name, weights) in enumerate(zip(queries.ids, queries.measurements, strict=True)):
+        if weights != {row: 1.0}:
+            raise InputError(f"{source}, query {name!r}: {who} takes neither contrasts nor sets; remove it")
+
+
 def _sets(found: list[Record]) -> dict[str, list[int]]:
     """The rows of each set that the records' `set` fields name, in order of first mention."""
     sets: dict[str, list[int]] = {}
