@@ -80,16 +80,22 @@ class Stages:
     def tokenizer(self, stage: str) -> Any:
         """The stage's tokenizer, or None where the checkpoint has none."""
         settings = self.config.stage(stage)
-        return models.load_tokenizer(settings.model, revision=settings.revision)
+        trusted = self.config.compute.trust_remote_code
+        return models.load_tokenizer(settings.model, revision=settings.revision, trust_remote_code=trusted)
 
     def maps(self, stage: str) -> list[models.TrackedMap]:
         """The stage's tracked maps."""
         return models.tracked_maps(self.model(stage), self.config.curvature)
 
     def max_length(self, stage: str) -> int:
-        """Window length in tokens."""
-        context = getattr(self.model(stage).config, "max_position_embeddings", None)
-        return self.config.corpus.max_length or context or 1024
+        """Window length in tokens: as configured, or what the model takes and its tokenizer says that it takes.
+
+        The latter is less where positions start after the padding token's (RoBERTa), and huge where it is not known.
+        """
+        if self.config.corpus.max_length:
+            return self.config.corpus.max_length
+        context = getattr(self.model(stage).config, "max_position_embeddings", None) or 1024
+        return min(context, getattr(self.tokenizer(stage), "model_max_length", context))
 
     @property
     def batch_tokens(self) -> int:
