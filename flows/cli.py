@@ -124,10 +124,14 @@ def score(
     out: Annotated[Path, typer.Option(help="Where to write float32 [n_queries, n_documents], .npy.")],
 ) -> None:
     """Exhaustive exact scores, no index and no server."""
+    from msif_core import storage
     from msif_core.pipeline import Pipeline
 
+    if out.is_dir() or not out.parent.is_dir():
+        raise InputError(f"--out {out}: name a file in a folder that exists")
     scores = Pipeline.from_config(config).score(queries, documents)
-    np.save(out, scores)
+    with storage.atomic_path(out) as temporary, open(temporary, "wb") as handle:
+        np.save(handle, scores)
     console.print(f"{out}: float32 {list(scores.shape)}")
 
 

@@ -5,11 +5,13 @@ The descriptions are the reference of the YAML file: docs/settings.md, which `ms
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from msif_core.errors import InputError
 
@@ -124,6 +126,15 @@ class CurvatureSettings(Settings):
     memory_budget_gb: float = Field(
         8.0, gt=0, description="Memory for the statistics of a fit, or the query gradients of an answer, held at once."
     )
+
+    @field_validator("include")
+    @classmethod
+    def _include_compiles(cls, include: str) -> str:
+        try:
+            re.compile(include)
+        except re.error as error:
+            raise ValueError(f"{include!r} is no regular expression ({error}); mend it, or leave it out") from None
+        return include
 
 
 class SketchSettings(Settings):
@@ -274,7 +285,9 @@ class Config(Settings):
 
     workspace: Path = Field(description="Folder of everything that is built.")
     stages: tuple[Stage, ...] = Field(min_length=1, description="In training order; stages[0] is pre-training.")
-    attribute_to: str = Field("", description="The stage whose documents are ranked; the first by default.")
+    attribute_to: str = Field(
+        "", validate_default=True, description="The stage whose documents are ranked; the first by default."
+    )
     queries: str | None = Field(None, description="Held-out queries (jsonl) that measure the index's recall.")
     corpus: CorpusSettings = CorpusSettings()
     curvature: CurvatureSettings = CurvatureSettings()
@@ -286,13 +299,11 @@ class Config(Settings):
     compute: ComputeSettings = ComputeSettings()
     runner: RunnerSettings = RunnerSettings()
 
-    @model_validator(mode="before")
+    @field_validator("attribute_to", mode="before")
     @classmethod
-    def _attribute_to_first(cls, data: Any) -> Any:
-        if isinstance(data, dict) and not data.get("attribute_to") and data.get("stages"):
-            first = data["stages"][0]
-            data = {**data, "attribute_to": first["name"] if isinstance(first, dict) else first.name}
-        return data
+    def _attribute_to_first(cls, name: Any, known: ValidationInfo) -> Any:
+        stages = known.data.get("stages")  # none where they are not valid, which is said of them
+        return name or (stages[0].name if stages else "")
 
     @model_validator(mode="after")
     def _stage_names(self) -> Config:
@@ -324,12 +335,37 @@ class Config(Settings):
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise InputError(f"{path}: no such configuration file") from None
-        except yaml.YAMLError as error:
+        except IsADirectoryError:
+            raise InputError(f"{path}: a folder; name the configuration file in it") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: not valid YAML: {error}") from None
         if not isinstance(data, dict):
             raise InputError(f"{path}: expected a mapping with the keys workspace and stages")
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            lines = [f"  {'.'.join(map(str, e['loc'])) or '(top level)'}: {e['msg']}" for e in error.errors()]
+            lines = [f"  {'.'.join(map(str, e['loc'])) or '(top level)'}: {_message(e)}" for e in error.errors()]
             raise InputError(f"{path}: not a valid configuration\n" + "\n".join(lines)) from None
+
+
+def _message(error: Any) -> str:
+    """What pydantic says of an error; of an unknown key, which ones there are."""
+    if error["type"] != "extra_forbidden":
+        return str(error["msg"])
+    return f"unknown key; known here: {', '.join(_model_at(error['loc'][:-1]).model_fields)}"
+
+
+def _model_at(location: Sequence[str | int]) -> type[BaseModel]:
+    """The model that the keys of a configuration lead to; steps that are no field choose in a list or a union."""
+    model: type[BaseModel] = Config
+    for step in location:
+        if step in model.model_fields:
+            model = next(_models_in(model.model_fields[str(step)].annotation))
+    return model
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)

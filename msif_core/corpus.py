@@ -317,7 +317,7 @@ def sequences_of_documents(where: Path, documents: Sequence[str]) -> Sequences:
     wanted: dict[int, list[str]] = {}
     for name in documents:
         wanted.setdefault(shard_of(name, len(shards)), []).append(name)
-    tables = []
+    tables = [SEQUENCES.empty_table()]  # no name, no shard
     for number in sorted(wanted):
         table = read_table(folder / shards[number]["sequences"])
         mask = pa.compute.is_in(table["document_id"], value_set=pa.array(wanted[number]))

@@ -170,16 +170,20 @@ def freeze(model: nn.Module, tf32: bool = False) -> nn.Module:
 
 
 @lru_cache(maxsize=4)
-def load_tokenizer(source: str, revision: str | None = None) -> Any:
+def load_tokenizer(source: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The checkpoint's tokenizer, None where it has none (records with input_ids need none).
 
     An adapter without one has its base model's.
     """
     try:
-        return transformers.AutoTokenizer.from_pretrained(source, revision=revision or "main")
+        return transformers.AutoTokenizer.from_pretrained(
+            source, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError):
         adapter = adapter_settings(source, revision)
-        return load_tokenizer(adapter["base_model_name_or_path"], adapter.get("revision")) if adapter else None
+        if adapter is None:
+            return None
+        return load_tokenizer(adapter["base_model_name_or_path"], adapter.get("revision"), trust_remote_code)
 
 
 @lru_cache(maxsize=16)

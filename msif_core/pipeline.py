@@ -24,6 +24,7 @@ from msif_core.queries import Queries
 from msif_core.retrieval import FloatArray
 from msif_core.sketch import Sketcher
 from msif_core.stages import Stages
+from msif_core.vocabulary import check_sequences
 
 
 class Pipeline(Stages):
@@ -387,6 +388,7 @@ class Pipeline(Stages):
         sequences, rows = corpus.encode_list(
             found, self.tokenizer(self.target), self.max_length(self.target), target.task
         )
+        check_sequences(sequences, self.model(self.target), target.task, self.target)
         scores = self.as_published().scores(asked, sequences)
         total = np.zeros((len(scores), len(found)), dtype=np.float64)
         np.add.at(total.T, rows, scores.T)

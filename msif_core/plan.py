@@ -122,8 +122,9 @@ def make_plan(
         InputError: a model's configuration cannot be read, or `device` is not known.
     """
     given = dict(sequences or {})
-    if unknown := set(given) - {stage.name for stage in config.stages}:
-        raise InputError(f"--sequences names no stage: {sorted(unknown)}")
+    names = [stage.name for stage in config.stages]
+    if unknown := set(given) - set(names):
+        raise InputError(f"--sequences names no stage: {sorted(unknown)}; stages are {names}")
     found = {}
     for stage in config.stages:
         model = meta_model(config, stage)

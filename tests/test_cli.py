@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -14,6 +15,7 @@ from flows.changes import what_changed
 from msif_core import catalog, generations, storage
 from msif_core.config import IndexSettings
 from msif_core.errors import InputError
+from msif_core.pipeline import Pipeline
 from msif_core.workspace import Workspace
 from tests.workspace_fixture import write_workspace
 
@@ -66,7 +68,7 @@ def test_a_wrong_key_is_named(msif: Callable[..., tuple[int, str]], tmp_path: Pa
     path = config(tmp_path, worksapce="here")
     code, error = msif("run", path)
     assert code == 2
-    assert "worksapce: Extra inputs are not permitted" in error
+    assert "worksapce: unknown key; known here: workspace, stages, " in error
 
 
 def test_nothing_published_yet(msif: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
@@ -97,6 +99,19 @@ def test_plan_refuses_a_wrong_count(msif: Callable[..., tuple[int, str]], tmp_pa
     assert (code, error) == (
         2, "msif: --sequences pretrain=many: expected STAGE=COUNT, for example pretrain=100000\n",
     )  # fmt: skip
+
+
+def test_score_writes_the_file_that_is_named_or_says_so_before_it_starts(
+    msif: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pipeline, "score", lambda *_: np.ones((1, 2), np.float32))
+    arguments = ("score", config(tmp_path), "--queries", "q.jsonl", "--documents", "d.jsonl", "--out")
+    assert msif(*arguments, tmp_path / "scores")[0] == 0
+    assert np.load(tmp_path / "scores").shape == (1, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "scores"}
+    monkeypatch.setattr(Pipeline, "score", None)
+    for out in (tmp_path / "none" / "scores.npy", tmp_path):
+        assert msif(*arguments, out) == (2, f"msif: --out {out}: name a file in a folder that exists\n")
 
 
 def test_rollback_moves_to_the_parent_and_stops_at_the_first(
