@@ -400,8 +400,11 @@ def print_comparison(result: dict[str, Any]) -> None:
     )
     for row in result["methods"]:
         traced = ["–", "–"] if row["mrr"] is None else [f"{row['mrr']:.2f}", f"{row['recall_at_10']:.2f}"]
-        table.add_row(
-            row["method"], *traced, f"{row['loss_change']:+.3f} ± {row['loss_change_error']:.3f}",
-            f"{row['against_random']:+.3f} ± {row['against_random_error']:.3f}",
-        )  # fmt: skip
+        changes = [
+            "–" if row[name] is None else f"{row[name]:+.3f} ± {row[f'{name}_error']:.3f}"
+            for name in ("loss_change", "against_random")
+        ]
+        table.add_row(row["method"], *traced, *changes)
     console.print(table)
+    if result["no_tail_patch"]:
+        console.print(f"No training step: {result['no_tail_patch']}")

@@ -40,7 +40,7 @@ def compare(pipeline: Pipeline, learning_rate: float, progress: Callable[[int, i
 
     Methods: multi-stage influence (exact scores), the gradient dot product (exact, no curvature), BM25,
     and random documents. Written to `evaluations/comparison.json` and returned; without a tail-patch the loss changes
-    are NaN, and `no_tail_patch` says why.
+    are None, and `no_tail_patch` says why.
 
     Raises:
         InputError: there are no held-out queries, none has a gold document, or one is a contrast or a set.
@@ -56,12 +56,12 @@ def compare(pipeline: Pipeline, learning_rate: float, progress: Callable[[int, i
         "gradient dot product": ranks_of_scores(dot, documents, gold),
         "BM25": ranks_of_rankings(lexical, gold),
     }
-    random = np.random.default_rng(SEED)
+    random, drawn = np.random.default_rng(SEED), min(TOP, len(documents))
     best = {
         "multi-stage influence": [[documents[i] for i in np.argsort(-row)[:TOP]] for row in influence],
         "gradient dot product": [[documents[i] for i in np.argsort(-row)[:TOP]] for row in dot],
         "BM25": [row[:TOP] for row in lexical],
-        "random": [[documents[i] for i in random.choice(len(documents), TOP, replace=False)] for _ in gold],
+        "random": [[documents[i] for i in random.choice(len(documents), drawn, replace=False)] for _ in gold],
     }
     left_out = _no_tail_patch(pipeline)
     changes = {method: np.full(len(queries), np.nan) for method in best}
@@ -136,7 +136,7 @@ def _tail_patch(
     )
 
 
-def _mean_and_error(changes: Changes) -> tuple[float, float]:
-    """Of the queries that have a change; NaN where none has."""
+def _mean_and_error(changes: Changes) -> tuple[float, float] | tuple[None, None]:
+    """Of the queries that have a change; None where none has."""
     found = changes[np.isfinite(changes)]
-    return (float(found.mean()), float(found.std() / np.sqrt(len(found)))) if len(found) else (np.nan, np.nan)
+    return (float(found.mean()), float(found.std() / np.sqrt(len(found)))) if len(found) else (None, None)
