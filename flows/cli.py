@@ -15,6 +15,7 @@ import numpy as np
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from flows import prefect_defaults
@@ -103,14 +104,16 @@ def attribute(
     import pyarrow.parquet as pq
 
     from flows.attribute import attribute as flow
+    from msif_core import storage
     from msif_core.attribution import Attribution
 
     settings = Config.load(config)
     with orchestrated(settings, keep_server):
         folder = flow(settings, queries_file=str(queries), top_k=top_k)
-    print_attribution(folder, top=5)
     if out is not None:
-        pq.write_table(Attribution.open(folder).table, out)
+        with storage.atomic_path(out) as temporary:
+            pq.write_table(Attribution.open(folder).table, temporary)
+    print_attribution(folder, top=5)
 
 
 @app.command()
@@ -121,10 +124,14 @@ def score(
     out: Annotated[Path, typer.Option(help="Where to write float32 [n_queries, n_documents], .npy.")],
 ) -> None:
     """Exhaustive exact scores, no index and no server."""
+    from msif_core import storage
     from msif_core.pipeline import Pipeline
 
+    if out.is_dir() or not out.parent.is_dir():
+        raise InputError(f"--out {out}: name a file in a folder that exists")
     scores = Pipeline.from_config(config).score(queries, documents)
-    np.save(out, scores)
+    with storage.atomic_path(out) as temporary, open(temporary, "wb") as handle:
+        np.save(handle, scores)
     console.print(f"{out}: float32 {list(scores.shape)}")
 
 
@@ -280,6 +287,14 @@ def prune(
 
 
 @app.command()
+def settings() -> None:
+    """Print every setting of the configuration with its default, as Markdown."""
+    from flows.show_settings import markdown
+
+    print(markdown(), end="")
+
+
+@app.command()
 def serve(
     config: ConfigFile,
     cron: Annotated[str | None, typer.Option(help="When to rebuild, in UTC, for example '0 3 * * *'.")] = None,
@@ -303,22 +318,22 @@ def serve(
 def print_attribution(folder: Path, top: int) -> None:
     """A ranked table for each query."""
     from msif_core.attribution import Attribution
+    from msif_core.report.page import on_one_line
 
     attribution = Attribution.open(folder)
     texts = attribution.documents
     rows = attribution.table.to_pylist()
     for query in attribution.queries.to_pylist():
-        title = f"{query['prompt'].strip().splitlines()[1] if '###' in query['prompt'] else query['prompt']}"
-        table = Table("rank", "score", "pct", "document", "text", title=f"{title}  →  {query['completion']}")
+        title = f"{on_one_line(query['prompt']) or query['query_id']}  →  {query['completion']}"
+        table = Table("rank", "score", "pct", "document", "text", title=escape(title))
         for row in rows:
             if row["query_id"] == query["query_id"] and row["side"] == "proponent" and row["rank"] <= top:
                 text = texts[row["document_id"]].text
-                table.add_row(
-                    str(row["rank"]), f"{row['score']:.4g}", f"{row['percentile']:.1f}", row["document_id"], text[:70]
-                )
+                shown = (f"{row['score']:.4g}", f"{row['percentile']:.1f}", row["document_id"], text[:70])
+                table.add_row(str(row["rank"]), *map(escape, shown))
         console.print(table)
-    console.print(f"Stored: {folder}")
-    console.print(f"Page:   {folder / 'page.html'}")
+    console.print(f"Stored: {escape(str(folder))}")
+    console.print(f"Page:   {escape(str(folder / 'page.html'))}")
 
 
 def published(config: Config) -> dict[str, Any] | None:
@@ -385,8 +400,11 @@ def print_comparison(result: dict[str, Any]) -> None:
     )
     for row in result["methods"]:
         traced = ["–", "–"] if row["mrr"] is None else [f"{row['mrr']:.2f}", f"{row['recall_at_10']:.2f}"]
-        table.add_row(
-            row["method"], *traced, f"{row['loss_change']:+.3f} ± {row['loss_change_error']:.3f}",
-            f"{row['against_random']:+.3f} ± {row['against_random_error']:.3f}",
-        )  # fmt: skip
+        changes = [
+            "–" if row[name] is None else f"{row[name]:+.3f} ± {row[f'{name}_error']:.3f}"
+            for name in ("loss_change", "against_random")
+        ]
+        table.add_row(row["method"], *traced, *changes)
     console.print(table)
+    if result["no_tail_patch"]:
+        console.print(f"No training step: {result['no_tail_patch']}")

@@ -37,7 +37,7 @@ def task_runner(config: Config) -> Any:
     try:
         from prefect_ray import RayTaskRunner
     except ImportError:
-        raise InputError("runner.kind ray needs the extra `ray`: pip install 'msif[ray]'") from None
+        raise InputError("runner.kind ray needs the extra `ray`; in the checkout: pip install -e '.[ray]'") from None
     local = {"num_cpus": config.runner.workers, "include_dashboard": False}
     return RayTaskRunner(address=config.runner.address, init_kwargs={} if config.runner.address else local)
 

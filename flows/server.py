@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 from prefect.client.orchestration import get_client
 from prefect.events.worker import EventsWorker
+from prefect.exceptions import ObjectNotFound
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
@@ -36,10 +37,12 @@ def server(workspace: Path, keep: bool = False) -> Iterator[str]:
     answers, or started; what was started here is stopped at the end unless `keep`.
 
     Raises:
-        InputError: the server does not come up; names its log.
+        InputError: the configured server does not answer, or the local one does not come up; names its log.
     """
     prefect_defaults()
     if url := PREFECT_API_URL.value():
+        if not _answers(url):
+            raise InputError(f"PREFECT_API_URL is {url}, where nothing answers; start that server, or unset it")
         yield url
         return
     folder = workspace.resolve() / "server"
@@ -100,6 +103,17 @@ def _healthy(url: str) -> bool:
         return False
 
 
+def _answers(url: str) -> bool:
+    """Whether something is there, whatever it answers: a server may ask for a login first."""
+    try:
+        urlopen(f"{url}/health", timeout=10).close()
+    except HTTPError:
+        return True
+    except (URLError, OSError):
+        return False
+    return True
+
+
 def _drain() -> None:
     """Hand over the logs and events still queued: once the server is gone, this process would retry for a minute."""
     APILogWorker.drain_all(timeout=DRAIN_TIMEOUT, at_exit=False)
@@ -119,6 +133,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def limit_accelerator(limit: int) -> None:
-    """Create the server's concurrency limit for tasks that run a model, or set it anew."""
+    """Let the server run so many tasks that run a model at a time; a higher limit stays, as others may share it."""
     with get_client(sync_client=True) as client:
+        with suppress(ObjectNotFound):
+            limit = max(limit, client.read_concurrency_limit_by_tag(ACCELERATOR).concurrency_limit)
         client.create_concurrency_limit(tag=ACCELERATOR, concurrency_limit=limit)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,6 @@ class Generation:
     pipeline: Pipeline
     manifest: dict[str, Any]
     index: index.Index
-    lexical: LexicalIndex
     corpus_folder: Path
     """Manifest of the version of the corpus that the index was built from."""
 
@@ -57,9 +57,22 @@ class Generation:
             pipeline.holding(manifest["factors"]),
             manifest,
             index.Index([root / path for path in manifest["codes"]], pipeline.config.index),
-            LexicalIndex.load(root / manifest["lexical"]),
             root / manifest["corpora"][pipeline.target],
         )
+
+    @cached_property
+    def lexical(self) -> LexicalIndex:
+        """The BM25 index over the documents' words.
+
+        Raises:
+            InputError: the generation was built without.
+        """
+        if self.manifest["lexical"] is None:
+            raise InputError(
+                f"generation {self.manifest['generation']} has no BM25 index, as it was built with "
+                "retrieval.candidates: gradient; ask with that, or change it and run `msif run CONFIG`"
+            )
+        return LexicalIndex.load(self.pipeline.workspace.root / self.manifest["lexical"])
 
 
 @dataclass

@@ -1,16 +1,17 @@
 """Everything a user can set, as pydantic models.
 
-The field descriptions serve three times: as the reference of the YAML file, as the command line's help
-and as the form in the Prefect UI.
+The descriptions are the reference of the YAML file: docs/settings.md, which `msif settings` prints.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from msif_core.errors import InputError
 
@@ -38,15 +39,15 @@ Documents = Annotated[
 
 
 class Training(Settings):
-    """How a stage was trained. Needed by `msif demo`, by retraining and by `unrolled` filters."""
+    """How a stage was trained. Needed by `msif demo` and by retraining."""
 
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
     epochs: float = Field(1.0, gt=0, description="Passes over the stage's data.")
     batch_size: int = Field(32, ge=1, description="Sequences in an optimizer step.")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled, as AdamW's.")
     warmup: float = Field(0.05, ge=0, le=1, description="Share of the steps with a rising learning rate.")
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    seed: int = 0
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="The optimizer; sgd is without momentum.")
+    seed: int = Field(0, description="Seed of the first weights and of the order of the data.")
 
 
 class Filter(Settings):
@@ -58,8 +59,12 @@ class Filter(Settings):
         "identity: no curvature, the gradient dot product.",
     )
     damping: float = Field(0.1, gt=0, description="lambda of the attributed stage, alpha of a later one.")
-    tau: float | None = Field(None, gt=0, description="Sum of learning rates, for `unrolled`.")
-    relative: bool = Field(True, description="damping in units of the block's mean eigenvalue (tau: of its inverse).")
+    tau: float | None = Field(None, gt=0, description="Training time, for `unrolled`: see `relative`.")
+    relative: bool = Field(
+        True,
+        description="damping in units of the block's mean eigenvalue, tau of its inverse. For a tau that is a sum of "
+        "learning rates, false.",
+    )
     per_token_mean: bool = Field(
         False,
         description="The training minimised a mean over tokens: absolute values are rescaled by "
@@ -127,6 +132,15 @@ class CurvatureSettings(Settings):
         8.0, gt=0, description="Memory for the statistics of a fit, or the query gradients of an answer, held at once."
     )
 
+    @field_validator("include")
+    @classmethod
+    def _include_compiles(cls, include: str) -> str:
+        try:
+            re.compile(include)
+        except re.error as error:
+            raise ValueError(f"{include!r} is no regular expression ({error}); mend it, or leave it out") from None
+        return include
+
 
 class SketchSettings(Settings):
     """What is stored of a whitened gradient (docs/accuracy.md has the measurements)."""
@@ -142,14 +156,16 @@ class SketchSettings(Settings):
         description="The eigendirections that carry most of the scores, as the factors let expect, are kept: for this "
         "share of what rotating into all of them costs. Without whitening nothing is rotated, and all is kept.",
     )  # fmt: skip
-    seed: int = 0
+    seed: int = Field(0, description="Seed of the signs and of the dimensions that are kept.")
 
 
 class IndexSettings(Settings):
     """The FAISS index."""
 
     kind: Literal["auto", "flat", "rabitq", "ivf"] = Field(
-        "auto", description="auto: flat to 1,000 sequences, RaBitQ above, IVF above 5 million."
+        "auto",
+        description="auto: flat to 1,000 sequences, RaBitQ above. ivf reads a quarter of the codes, finds less, and "
+        "stores the centres of 128 cells in every shard: for shards of many more sequences than the default.",
     )
     bits: int = Field(1, ge=1, le=9, description="Bits per dimension of a RaBitQ code.")
     query_bits: int = Field(
@@ -164,7 +180,10 @@ class IndexSettings(Settings):
         "over the sample whatever the memory. Whole, and exact, by default; the generation records what a cut loses.",
     )
     min_recall: float = Field(
-        0.0, ge=0, le=1, description="A build whose recall@10 at 2% re-scored is lower is kept but not published."
+        0.0,
+        ge=0,
+        le=1,
+        description="A build whose recall@10 at 2% re-scored is lower is kept but not published. Needs `queries`.",
     )
     drift_sample: int = Field(
         256, ge=0, description="Sequences on which a build measures how far the pinned factors have drifted."
@@ -175,7 +194,12 @@ class RetrievalSettings(Settings):
     """Candidates and re-ranking."""
 
     top_k: int = Field(20, ge=1, description="Documents in the answer to a query.")
-    candidates: Literal["gradient", "bm25", "both"] = "both"
+    candidates: Literal["gradient", "bm25", "both"] = Field(
+        "both",
+        description="Where the documents that are scored exactly come from: the gradient index, the words that they "
+        "share with the query, or both. A build with `gradient` makes no BM25 index, which takes 25 bytes of memory a "
+        "word of the corpus to build.",
+    )
     rerank_fraction: float = Field(0.02, gt=0, le=1, description="Share of the sequences re-scored exactly.")
     rerank_min: int = Field(100, ge=1, description="At least so many sequences are re-scored.")
     rerank_max: int = Field(500, ge=1, description="At most so many sequences are re-scored per query and source.")
@@ -191,7 +215,9 @@ class CompletionSettings(Settings):
 class ComputeSettings(Settings):
     """Where and how the passes run."""
 
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto (the first GPU, if any), cpu, cuda, cuda:1 ..."
+    )
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         "float32", description="The model's dtype; sums are float32 or better whatever it is."
     )
@@ -201,7 +227,10 @@ class ComputeSettings(Settings):
         "in float32. A bfloat16 model's gradients lose nothing, the eigenbases they are seen in a little.",
     )
     batch_tokens: int = Field(4096, ge=1, description="Padded tokens in a batch.")
-    workers: int = Field(1, ge=1, description="Shards in work at a time in one process.")
+    workers: int = Field(
+        1, ge=1, description="Tasks that run a model which the Prefect server allows at a time; in one process they "
+        "come one after another."
+    )  # fmt: skip
     ranks: int = Field(
         1,
         ge=1,
@@ -252,8 +281,8 @@ class RetrainingSettings(Settings):
     left_out_queries: int = Field(6, ge=0, description="Queries with leave-some-out retraining; each costs a training.")
     vocabulary: int = Field(1024, ge=259, description="Size of the tokenizer, trained on the pool.")
     hidden: int = Field(64, ge=8, description="Width of the retrained model.")
-    layers: int = Field(2, ge=1)
-    heads: int = Field(4, ge=1)
+    layers: int = Field(2, ge=1, description="Its layers.")
+    heads: int = Field(4, ge=1, description="Its attention heads.")
 
 
 class Config(Settings):
@@ -261,7 +290,9 @@ class Config(Settings):
 
     workspace: Path = Field(description="Folder of everything that is built.")
     stages: tuple[Stage, ...] = Field(min_length=1, description="In training order; stages[0] is pre-training.")
-    attribute_to: str = Field("", description="The stage whose documents are ranked; the first by default.")
+    attribute_to: str = Field(
+        "", validate_default=True, description="The stage whose documents are ranked; the first by default."
+    )
     queries: str | None = Field(None, description="Held-out queries (jsonl) that measure the index's recall.")
     corpus: CorpusSettings = CorpusSettings()
     curvature: CurvatureSettings = CurvatureSettings()
@@ -273,13 +304,11 @@ class Config(Settings):
     compute: ComputeSettings = ComputeSettings()
     runner: RunnerSettings = RunnerSettings()
 
-    @model_validator(mode="before")
+    @field_validator("attribute_to", mode="before")
     @classmethod
-    def _attribute_to_first(cls, data: Any) -> Any:
-        if isinstance(data, dict) and not data.get("attribute_to") and data.get("stages"):
-            first = data["stages"][0]
-            data = {**data, "attribute_to": first["name"] if isinstance(first, dict) else first.name}
-        return data
+    def _attribute_to_first(cls, name: Any, known: ValidationInfo) -> Any:
+        stages = known.data.get("stages")  # none where they are not valid, which is said of them
+        return name or (stages[0].name if stages else "")
 
     @model_validator(mode="after")
     def _stage_names(self) -> Config:
@@ -311,12 +340,37 @@ class Config(Settings):
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise InputError(f"{path}: no such configuration file") from None
-        except yaml.YAMLError as error:
+        except IsADirectoryError:
+            raise InputError(f"{path}: a folder; name the configuration file in it") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: not valid YAML: {error}") from None
         if not isinstance(data, dict):
             raise InputError(f"{path}: expected a mapping with the keys workspace and stages")
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            lines = [f"  {'.'.join(map(str, e['loc'])) or '(top level)'}: {e['msg']}" for e in error.errors()]
+            lines = [f"  {'.'.join(map(str, e['loc'])) or '(top level)'}: {_message(e)}" for e in error.errors()]
             raise InputError(f"{path}: not a valid configuration\n" + "\n".join(lines)) from None
+
+
+def _message(error: Any) -> str:
+    """What pydantic says of an error; of an unknown key, which ones there are."""
+    if error["type"] != "extra_forbidden":
+        return str(error["msg"])
+    return f"unknown key; known here: {', '.join(_model_at(error['loc'][:-1]).model_fields)}"
+
+
+def _model_at(location: Sequence[str | int]) -> type[BaseModel]:
+    """The model that the keys of a configuration lead to; steps that are no field choose in a list or a union."""
+    model: type[BaseModel] = Config
+    for step in location:
+        if step in model.model_fields:
+            model = next(_models_in(model.model_fields[str(step)].annotation))
+    return model
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)

@@ -341,7 +341,8 @@ def tables_of_documents(
 
 def sequences_of_documents(where: Path, documents: Sequence[str]) -> Sequences:
     """All sequences of the named documents, in order of sequence id."""
-    return _sequences(pa.concat_tables(tables_of_documents(where, "sequences", documents)))
+    tables = [SEQUENCES.empty_table()]  # no name, no shard
+    return _sequences(pa.concat_tables([*tables, *tables_of_documents(where, "sequences", documents)]))
 
 
 def documents_of_sequences(where: Path, ids: npt.NDArray[np.int64]) -> list[str]:
@@ -366,6 +367,14 @@ def rows_of_documents(where: Path, documents: Sequence[str], columns: list[str])
     """Columns of the named documents that the corpus knows, by id."""
     tables = tables_of_documents(where, "documents", documents, ["document_id", *columns])
     return {row["document_id"]: row for table in tables for row in table.to_pylist()}
+
+
+def texts(where: Path) -> Iterator[tuple[str, str]]:
+    """Id and text of every document, read shard by shard."""
+    folder, entries = shard_entries(where)
+    for entry in entries:
+        table = read_table(folder / entry["documents"], ["document_id", "text"])
+        yield from zip(table["document_id"].to_pylist(), table["text"].to_pylist(), strict=True)
 
 
 def sample_documents(where: Path, count: int) -> list[str]:

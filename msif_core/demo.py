@@ -13,8 +13,7 @@ from typing import Any
 from msif_core import corpus, records, storage
 from msif_core.config import Config, Stage
 from msif_core.errors import InputError
-from msif_core.queries import load_queries
-from msif_core.training import Architecture, new_model, sequence_losses, train_stage, train_tokenizer
+from msif_core.training import Architecture, new_model, train_stage, train_tokenizer
 
 VOCABULARY = 2048
 ARCHITECTURE = Architecture(hidden=96, layers=4, heads=4, positions=256)
@@ -69,29 +68,6 @@ def train_stages(
 def read(config: Config, stage: Stage) -> list[records.Record]:
     """The stage's checked records."""
     return list(records.read_records(stage.documents, records.Skipped(), config.corpus.skip_bad_records))
-
-
-def query_losses(config: Config, queries: str | Path) -> dict[str, dict[str, float]]:
-    """What each stage's model knows of the queries: mean loss per completion token.
-
-    Returns:
-        Stage to {all, gold, controls}: over all queries, those whose fact is in a document of the attributed
-        stage (`gold_doc_ids`), and those whose fact is in none; a group without queries is left out.
-    """
-    from msif_core.models import load_model, load_tokenizer
-
-    found: dict[str, dict[str, float]] = {}
-    for stage in config.stages:
-        window = config.corpus.max_length or ARCHITECTURE.positions
-        asked = load_queries(Path(queries), load_tokenizer(stage.model), window, stage.task)
-        sums, counts = sequence_losses(load_model(stage.model), asked.sequences)
-        groups: dict[str, list[int]] = {"all": list(range(len(asked))), "gold": [], "controls": []}
-        for row, metadata in enumerate(asked.metadata):
-            groups["gold" if metadata.get("gold_doc_ids") else "controls"].append(row)
-        found[stage.name] = {
-            name: float(sums[rows].sum() / counts[rows].sum()) for name, rows in groups.items() if rows
-        }
-    return found
 
 
 def summary(config: Config) -> list[dict[str, Any]]:

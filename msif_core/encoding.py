@@ -23,8 +23,7 @@ def encode(record: records.Record, tokenizer: Any, max_length: int, task: str) -
     if task == "classification":
         return [_encode_classified(record, tokenizer, max_length)]
     if "input_ids" in record:
-        ids = [int(i) for i in record["input_ids"]]
-        labels = [int(i) for i in record["labels"]] if record.get("labels") else list(ids)
+        ids, labels = record["input_ids"], record.get("labels") or record["input_ids"]
     elif "prompt" in record:
         _need_tokenizer(record, tokenizer)
         prompt = tokenizer(record["prompt"], add_special_tokens=False)["input_ids"]
@@ -42,7 +41,7 @@ def encode(record: records.Record, tokenizer: Any, max_length: int, task: str) -
 
 def _encode_classified(record: records.Record, tokenizer: Any, max_length: int) -> tuple[list[int], list[int]]:
     if "input_ids" in record:
-        ids, labels = [int(i) for i in record["input_ids"]], [int(i) for i in record.get("labels") or [IGNORED]]
+        ids, labels = record["input_ids"], record.get("labels") or [IGNORED]
         if len(ids) > max_length or labels[0] < 0:
             raise InputError(
                 f"record {record['id']!r}: a classification needs its label at the first position of `labels` "
@@ -61,7 +60,10 @@ def _encode_classified(record: records.Record, tokenizer: Any, max_length: int) 
 
 def _need_tokenizer(record: records.Record, tokenizer: Any) -> None:
     if tokenizer is None:
-        raise InputError(f"record {record['id']!r} is text, but the stage's model has no tokenizer; give input_ids")
+        raise InputError(
+            f"record {record['id']!r} is text, but the stage's model has no tokenizer; give input_ids, or a model "
+            "folder with a tokenizer"
+        )
 
 
 def _end(tokenizer: Any) -> list[int]:

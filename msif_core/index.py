@@ -17,16 +17,18 @@ from msif_core.errors import InputError
 FloatArray = npt.NDArray[np.float32]
 CodeArray = npt.NDArray[np.uint8]
 FLAT_UP_TO = 1_000
-IVF_FROM = 5_000_000
 
 
 def kind_for(settings: IndexSettings, sequences: int) -> str:
     """The index type: as set, or by size."""
     if settings.kind != "auto":
         return settings.kind
-    if sequences <= FLAT_UP_TO:
-        return "flat"
-    return "rabitq" if sequences < IVF_FROM else "ivf"
+    return "flat" if sequences <= FLAT_UP_TO else "rabitq"
+
+
+def cells(sample: int, sequences: int) -> int:
+    """Cells of an IVF over so many sequences, trained on a sample; every shard holds their centres, in float32."""
+    return max(1, min(sample // 4, int(4 * np.sqrt(sequences))))
 
 
 def train(sample: FloatArray, settings: IndexSettings, sequences: int, path: Path) -> None:
@@ -45,9 +47,9 @@ def train(sample: FloatArray, settings: IndexSettings, sequences: int, path: Pat
     elif kind == "rabitq":
         index = faiss.IndexRaBitQ(d, inner, settings.bits)
     else:
-        cells = max(1, min(len(sample) // 4, int(4 * np.sqrt(sequences))))
-        index = faiss.IndexIVFRaBitQ(faiss.IndexFlat(d, inner), d, cells, inner, True, settings.bits)
-        index.nprobe = max(1, cells // 4)
+        lists = cells(len(sample), sequences)
+        index = faiss.IndexIVFRaBitQ(faiss.IndexFlat(d, inner), d, lists, inner, True, settings.bits)
+        index.nprobe = max(1, lists // 4)
     index.train(np.ascontiguousarray(sample))
     faiss.write_index(faiss.IndexIDMap2(index), str(path))
 
@@ -78,11 +80,6 @@ def write_shard(trained: Path, codes: CodeArray, ids: npt.NDArray[np.int64], pat
     if len(codes):
         index.add_sa_codes(np.ascontiguousarray(codes), np.ascontiguousarray(ids))
     faiss.write_index(index, str(path))
-
-
-def build_shard(trained: Path, phi: FloatArray, ids: npt.NDArray[np.int64], path: Path) -> None:
-    """Write the codes of phi [n, d] under 64-bit ids."""
-    write_shard(trained, encode(trained, phi), ids, path)
 
 
 def read_codes(trained: Path, path: Path) -> tuple[npt.NDArray[np.int64], CodeArray] | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import bm25s
@@ -26,12 +27,20 @@ class LexicalIndex:
         self.documents = documents
 
     @classmethod
-    def build(cls, documents: list[str], texts: Sequence[str]) -> LexicalIndex:
-        """Index `texts` under the ids `documents`, by id: ties fall alike in whatever order they come."""
-        order = sorted(range(len(documents)), key=documents.__getitem__)
+    def build(cls, documents: Iterable[tuple[str, str]]) -> LexicalIndex:
+        """Index ids and texts, by id: ties fall alike in whatever order they come.
+
+        Of a text its words' numbers are held: 4 bytes a word, and about 16 more for each different one.
+        """
+        vocabulary: dict[str, int] = {}
+        found = {
+            name: array("i", [vocabulary.setdefault(word, len(vocabulary)) for word in words(text) or [""]])
+            for name, text in documents
+        }
+        names = sorted(found)
         bm25 = bm25s.BM25()
-        bm25.index([words(texts[row]) or [""] for row in order], show_progress=False)
-        return cls(bm25, [documents[row] for row in order])
+        bm25.index(([found.pop(name) for name in names], vocabulary), show_progress=False)
+        return cls(bm25, names)
 
     def save(self, folder: Path) -> None:
         """Write the index below `folder`."""

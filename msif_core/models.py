@@ -114,7 +114,7 @@ def load_model(
     try:
         import peft
     except ImportError:
-        raise InputError(f"{source}: to merge an adapter, peft is needed; pip install 'msif[adapters]'") from None
+        raise InputError(f"{source}: to merge an adapter, peft is needed: pip install peft") from None
     base = _read_checkpoint(settings["base_model_name_or_path"], settings.get("revision"), *options)
     try:
         merged = peft.PeftModel.from_pretrained(base, source, revision=revision).merge_and_unload()
@@ -180,16 +180,20 @@ def freeze(model: nn.Module, tf32: bool = False) -> nn.Module:
 
 
 @while_files_stay(4)
-def load_tokenizer(source: str, revision: str | None = None) -> Any:
+def load_tokenizer(source: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The checkpoint's tokenizer, None where it has none (records with input_ids need none).
 
     An adapter without one has its base model's.
     """
     try:
-        return transformers.AutoTokenizer.from_pretrained(source, revision=revision or "main")
+        return transformers.AutoTokenizer.from_pretrained(
+            source, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError):
         adapter = adapter_settings(source, revision)
-        return load_tokenizer(adapter["base_model_name_or_path"], adapter.get("revision")) if adapter else None
+        if adapter is None:
+            return None
+        return load_tokenizer(adapter["base_model_name_or_path"], adapter.get("revision"), trust_remote_code)
 
 
 @while_files_stay(16)

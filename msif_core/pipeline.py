@@ -24,6 +24,7 @@ from msif_core.queries import Queries
 from msif_core.retrieval import FloatArray
 from msif_core.sketch import Sketcher
 from msif_core.stages import Stages
+from msif_core.vocabulary import check_sequences
 
 
 class Pipeline(Stages):
@@ -149,13 +150,17 @@ class Pipeline(Stages):
             if path != now and path.exists():
                 yield path
 
+    @property
+    def lexical(self) -> bool:
+        """Whether a generation has a BM25 index: where candidates come from it."""
+        return self.config.retrieval.candidates != "gradient"
+
     def build_lexical(self) -> Path:
         """The BM25 index over the documents' words."""
         folder = self.workspace.root / "lexical" / str(self.corpus_manifest(self.target)["fingerprint"])
         if not folder.exists():
-            documents = corpus.read_documents(self.corpus_version(self.target), ["document_id", "text"])
             with storage.atomic_folder(folder) as temporary:
-                LexicalIndex.build(documents["document_id"].to_pylist(), documents["text"].to_pylist()).save(temporary)
+                LexicalIndex.build(corpus.texts(self.corpus_version(self.target))).save(temporary)
         return folder
 
     # -- recall -----------------------------------------------------------------------------------
@@ -269,6 +274,7 @@ class Pipeline(Stages):
             self.corpus_manifest(self.target)["fingerprint"],
             [(stage.filter.model_dump(), self.factors_fingerprint(stage.name)) for stage in self.config.stages],
             self.config.index.model_dump(exclude={"min_recall"}),
+            self.lexical,
             queries.fingerprint if queries is not None else None,
         )
 
@@ -308,7 +314,7 @@ class Pipeline(Stages):
             "factors": {stage.name: self.factors_fingerprint(stage.name) for stage in self.config.stages},
             "codes_key": self.codes_folder().name,
             "codes": codes,
-            "lexical": str(self.build_lexical().relative_to(root)),
+            "lexical": str(self.build_lexical().relative_to(root)) if self.lexical else None,
             "exact": str(self.exact_folder(queries).relative_to(root)) if queries is not None else None,
             "n_sequences": self.sequence_count(self.target),
             "index_bytes": sum(path.stat().st_size for path in shards),
@@ -380,6 +386,7 @@ class Pipeline(Stages):
         sequences, rows = corpus.encode_list(
             found, self.tokenizer(self.target), self.max_length(self.target), target.task
         )
+        check_sequences(sequences, self.structure(self.target), target.task, self.target)
         scores = self.as_published().scores(asked, sequences)
         total = np.zeros((len(scores), len(found)), dtype=np.float64)
         np.add.at(total.T, rows, scores.T)

@@ -20,7 +20,7 @@ from msif_core.corpus import shard_count
 from msif_core.curvature.fit import partitions, statistics
 from msif_core.devices import Rates, rates
 from msif_core.errors import InputError
-from msif_core.index import kind_for
+from msif_core.index import cells, kind_for
 from msif_core.meta_models import meta_model
 from msif_core.models import TrackedMap, coverage, tracked_maps
 from msif_core.probe import PassTime
@@ -82,7 +82,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """All of it; `index_bytes` are codes and each shard's centre, `recall_sweeps` the passes over recall's sample."""
+    """All of it; `index_bytes` are codes and each shard's centres, `recall_sweeps` the passes over recall's sample."""
 
     rates: Rates
     devices: int
@@ -123,8 +123,9 @@ def make_plan(
         InputError: a model's configuration cannot be read, or `device` is not known.
     """
     given = dict(sequences or {})
-    if unknown := set(given) - {stage.name for stage in config.stages}:
-        raise InputError(f"--sequences names no stage: {sorted(unknown)}")
+    names = [stage.name for stage in config.stages]
+    if unknown := set(given) - set(names):
+        raise InputError(f"--sequences names no stage: {sorted(unknown)}; stages are {names}")
     if empty := sorted(name for name, count in given.items() if count < 1):
         raise InputError(f"--sequences {empty[0]}={given[empty[0]]}: a stage has one sequence at least")
     found = {}
@@ -141,7 +142,9 @@ def make_plan(
     sweeps = query_sweeps(config, last.work, config.index.recall_queries) if config.queries else []
     sweeps = [last.work.maps] if sweeps and config.index.recall_rank else sweeps
     kind = kind_for(config.index, target.size.sequences)
-    index_bytes = target.size.sequences * code_bytes(config, kind) + target.size.shards * 4 * config.sketch.dimensions
+    centres = 1 + (cells(TRAINING_SAMPLE, target.size.sequences) if kind == "ivf" else 0)
+    index_bytes = target.size.sequences * code_bytes(config, kind)
+    index_bytes += target.size.shards * centres * 4 * config.sketch.dimensions
     steps = [step for planned in found.values() for step in fit_steps(config, planned, speed)]
     steps += index_steps(config, target, sweeps, speed)
     steps += query_steps(config, last, target, speed, index_bytes / 4 if kind == "ivf" else index_bytes)

@@ -110,6 +110,17 @@ def load_queries(
     )
 
 
+def check_single(queries: Queries, source: str, who: str) -> None:
+    """Refuse queries that are not the loss of one completion, each of its own.
+
+    Raises:
+        InputError: names the file, the query, and who does not take it.
+    """
+    for row, (name, weights) in enumerate(zip(queries.ids, queries.measurements, strict=True)):
+        if weights != {row: 1.0}:
+            raise InputError(f"{source}, query {name!r}: {who} takes neither contrasts nor sets; remove it")
+
+
 def _sets(found: list[Record]) -> dict[str, list[int]]:
     """The rows of each set that the records' `set` fields name, in order of first mention."""
     sets: dict[str, list[int]] = {}
@@ -160,5 +171,8 @@ def _one_window_each(found: list[Record], tokenizer: Any, max_length: int, task:
         if count == 0:
             raise InputError(f"query {record['id']!r} has no token whose loss could be explained; give it more text")
         if count > 1:
-            raise InputError(f"query {record['id']!r} does not fit one window of {max_length} tokens; shorten it")
+            raise InputError(
+                f"query {record['id']!r} does not fit one window of {max_length} tokens; shorten it, or raise "
+                "corpus.max_length as far as the model reads"
+            )
     return sequences

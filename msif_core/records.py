@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from msif_core import storage
+from msif_core.batching import IGNORED
 from msif_core.config import Documents, HubDataset
 from msif_core.errors import InputError
 
@@ -21,6 +22,8 @@ Check = Callable[[Any], str | None]
 
 KNOWN = {"id", "text", "source", "prompt", "completion", "input_ids", "labels", "label"}
 QUERY_FIELDS = KNOWN | {"contrast", "set"}
+LARGEST_TOKEN = (1 << 31) - 1
+"""Tokens are stored in 32 bits."""
 
 
 @dataclass
@@ -39,26 +42,30 @@ class Skipped:
 
 
 def files_of(pattern: str) -> list[Path]:
-    """The files a glob matches, sorted.
+    """The files a glob matches, sorted; folders that it matches too are passed over.
 
     Raises:
-        InputError: it matches none.
+        InputError: it matches none, or is a folder itself.
     """
-    found = sorted(Path(name) for name in glob(pattern, recursive=True))
+    if Path(pattern).is_dir():
+        raise InputError(f"{pattern}: a folder; name its files, for example {Path(pattern) / '*.jsonl'}")
+    found = sorted(path for path in map(Path, glob(pattern, recursive=True)) if not path.is_dir())
     if not found:
         raise InputError(f"{pattern}: no file matches; paths are relative to the folder msif is called from")
     return found
 
 
 def source_fingerprint(documents: Documents) -> str:
-    """Digest of what the sources hold: the bytes of files, the names of hub datasets."""
+    """Digest of what the sources hold: the bytes of files, the names of datasets on the hub."""
     sources = documents if isinstance(documents, list) else [documents]
     parts: list[Any] = []
     for source in sources:
         if isinstance(source, HubDataset):
             parts.append(source.model_dump())
+            files = sorted(path for path in Path(source.dataset).rglob("*") if path.is_file())
         else:
-            parts.extend((path.name, storage.file_digest(path)) for path in files_of(source))
+            files = files_of(source)
+        parts.extend((path.name, storage.file_digest(path)) for path in files)
     return storage.fingerprint(parts)
 
 
@@ -135,14 +142,30 @@ def problem_of(record: Any) -> str | None:
     if not isinstance(record.get("id"), str) or not record["id"]:
         return "no id; give each record a string `id`"
     if "input_ids" in record:
-        ids, labels = list(record["input_ids"]), list(record.get("labels") or record["input_ids"])
-        return None if len(ids) == len(labels) > 0 else "input_ids and labels must have the same length, above 0"
+        return _problem_of_tokens(record["input_ids"], record.get("labels"))
     if "prompt" in record:
         ok = isinstance(record["prompt"], str) and isinstance(record.get("completion"), str) and record["completion"]
         return None if ok else "prompt without a completion; give both as text"
     if not isinstance(record.get("text"), str):
         return "neither text, nor prompt and completion, nor input_ids; give one of them"
     return None if record["text"].strip() else "empty text; remove the record"
+
+
+def _problem_of_tokens(ids: Any, labels: Any) -> str | None:
+    if not _whole_numbers(ids) or not ids or not 0 <= min(ids) <= max(ids) <= LARGEST_TOKEN:
+        return f"input_ids must be a list of tokens, whole numbers from 0 to {LARGEST_TOKEN}, and not empty"
+    if labels is None:
+        return None
+    if not _whole_numbers(labels):
+        return "labels must be a list of whole numbers"
+    if len(labels) != len(ids):
+        return "input_ids and labels must have the same length"
+    wrong = [label for label in labels if label != IGNORED and not 0 <= label <= LARGEST_TOKEN]
+    return f"label {wrong[0]}; labels are tokens, and {IGNORED} leaves one out of the loss" if wrong else None
+
+
+def _whole_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int for value in values)
 
 
 def metadata_of(record: Record, known: set[str] = KNOWN) -> Record:
@@ -153,7 +176,7 @@ def metadata_of(record: Record, known: set[str] = KNOWN) -> Record:
 def text_of(record: Record) -> str:
     """What a person reads of a record."""
     if "prompt" in record:
-        return f"{record['prompt']}{record['completion']}"
+        return f"{record['prompt']}{record.get('completion') or ''}"  # given tokens need no completion
     return str(record.get("text", ""))
 
 

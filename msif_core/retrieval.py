@@ -56,7 +56,7 @@ def by_document(scores: FloatArray, document_ids: Sequence[str], sequence_ids: n
     ordered = scores[:, order]
     total = np.add.reduceat(ordered, starts, axis=1) if len(documents) else ordered
     strongest_row = np.zeros_like(total, dtype=np.int64)
-    for column, rows in enumerate(np.split(order, starts[1:])):
+    for column, rows in enumerate(np.split(order, starts)[1:]):
         own = scores[:, rows] * np.where(total[:, column] < 0, -1, 1)[:, None]
         strongest_row[:, column] = rows[np.argmax(own, axis=1)]
     best = np.take_along_axis(scores, strongest_row, axis=1)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from msif_core import corpus, low_rank, models, scoring, storage
+from msif_core import corpus, low_rank, models, scoring, storage, vocabulary
 from msif_core.batching import Sequences
 from msif_core.chain import Chain, FilteredStage
 from msif_core.config import Config
@@ -88,7 +88,8 @@ class Stages:
     def tokenizer(self, stage: str) -> Any:
         """The stage's tokenizer, or None where the checkpoint has none."""
         settings = self.config.stage(stage)
-        return models.load_tokenizer(settings.model, revision=settings.revision)
+        trusted = self.config.compute.trust_remote_code
+        return models.load_tokenizer(settings.model, revision=settings.revision, trust_remote_code=trusted)
 
     def structure(self, stage: str) -> torch.nn.Module:
         """The stage's model without weights."""
@@ -99,9 +100,14 @@ class Stages:
         return models.tracked_maps(self.structure(stage), self.config.curvature)
 
     def max_length(self, stage: str) -> int:
-        """Window length in tokens."""
-        context = getattr(self.structure(stage).config, "max_position_embeddings", None)
-        return self.config.corpus.max_length or context or 1024
+        """Window length in tokens: as configured, or what the model takes and its tokenizer says that it takes.
+
+        The latter is less where positions start after the padding token's (RoBERTa), and huge where it is not known.
+        """
+        if self.config.corpus.max_length:
+            return self.config.corpus.max_length
+        context = getattr(self.structure(stage).config, "max_position_embeddings", None) or 1024
+        return min(context, getattr(self.tokenizer(stage), "model_max_length", context))
 
     @property
     def batch_tokens(self) -> int:
@@ -111,10 +117,14 @@ class Stages:
     # -- corpus -----------------------------------------------------------------------------------
 
     def tokenize(self, stage: str) -> Path:
-        """Write the stage's documents as shards of token sequences; returns the manifest's path."""
-        settings = self.config.stage(stage)
+        """Write the stage's documents as shards of token sequences; returns the manifest's path.
+
+        Raises:
+            InputError: a record is malformed, or has tokens or labels that the stage's model lacks.
+        """
+        settings, model = self.config.stage(stage), self.structure(stage)
         with storage.locked(self.workspace.corpus(stage)):
-            return corpus.tokenize(
+            path = corpus.tokenize(
                 settings.documents,
                 self.workspace.corpus(stage),
                 tokenizer=self.tokenizer(stage),
@@ -122,6 +132,9 @@ class Stages:
                 settings=self.config.corpus,
                 task=settings.task,
             )
+        for shard in self.shards(stage):
+            vocabulary.check_shard(shard, model, settings.task, stage)
+        return path
 
     def corpus_manifest(self, stage: str) -> dict[str, Any]:
         """What `tokenize` wrote of the stage; read once where it is held (`holding`)."""
@@ -328,7 +341,9 @@ class Stages:
             )
 
         generates = answers if last.task == "causal_lm" else None
-        return load_queries(source, tokenizer, self.max_length(last.name), last.task, generates)
+        found = load_queries(source, tokenizer, self.max_length(last.name), last.task, generates)
+        vocabulary.check_sequences(found.sequences, self.structure(last.name), last.task, last.name)
+        return found
 
     def query_gradients(self, queries: Queries, *, rotated: bool = True) -> Iterator[tuple[slice, Gradients]]:
         """Gradients of the queries' measurements at the last stage: some queries' and some maps' at a time.

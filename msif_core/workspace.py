@@ -32,7 +32,7 @@ class Workspace:
         return self.root / "generations"
 
     def rolled_back(self, content: str) -> Path:
-        """Stands once a generation of that content was rolled back: rebuilds that lead to it again do not publish it."""
+        """A file that stands while rebuilds are not to publish that content: it was rolled back."""
         return self.root / "rolled-back" / content
 
     @property

@@ -6,7 +6,10 @@ WITH found AS (
     WHERE side = 'proponent'
     GROUP BY ALL
 ), corpus AS (
-    SELECT coalesce(d.source, '(none given)') AS source, count(*) AS n_documents
+    SELECT
+        coalesce(d.source, '(none given)') AS source,
+        count(*) AS n_documents,
+        count(*) / sum(count(*)) OVER () AS share
     FROM documents AS d
     WHERE d.stage = (SELECT attributed_stage FROM runs SEMI JOIN latest_run USING (run_id))
     GROUP BY ALL
@@ -17,7 +20,7 @@ SELECT
     n_ranked,
     total_score,
     mean_score,
-    (n_ranked / sum(n_ranked) OVER ()) / nullif(n_documents / sum(n_documents) OVER (), 0) AS lift
+    n_ranked / sum(n_ranked) OVER () / share AS lift
 FROM found
 LEFT JOIN corpus USING (source)
 ORDER BY total_score DESC;

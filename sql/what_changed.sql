@@ -1,7 +1,9 @@
 -- What changed between two generations? $before and $after name them; without names: the published one and its parent.
+-- No rows where there is no such generation (the first has no parent; one that was pruned is gone).
 WITH pair AS (
-    SELECT a.generation AS after_id, coalesce($before, a.parent) AS before_id
+    SELECT a.generation AS after_id, b.generation AS before_id
     FROM generations AS a
+    JOIN generations AS b ON b.generation = coalesce($before, a.parent)
     WHERE CASE WHEN $after IS NULL THEN a.published ELSE a.generation = $after END
 ), before AS (
     SELECT d.* FROM generation_documents AS d JOIN pair ON d.generation = before_id

@@ -29,7 +29,7 @@ def generation(manifest: Row, headline: str, folder: Path, published: bool) -> s
     parts = [
         f"# Generation {manifest['generation']}",
         headline[:1].upper() + headline[1:],
-        table(("", ""), [*facts.items()]),
+        table(("", ""), [(name, fact) for name, fact in facts.items() if fact]),
     ]
     if changes := manifest.get("changes"):
         parts += ["## What changed", table(("", *_columns(changes)), _rows(changes))]
@@ -91,8 +91,8 @@ def _cut(cut: Row | None) -> str:
 
 
 def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    """A markdown table; rows whose last cell is empty are left out."""
-    lines = [head, tuple("---" for _ in head), *(row for row in rows if row[-1] != "")]
+    """A markdown table."""
+    lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join("| " + " | ".join(cell(value) for value in line) + " |" for line in lines)
 
 

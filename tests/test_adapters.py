@@ -61,7 +61,7 @@ def test_a_pickled_adapter_is_refused(adapter: Path) -> None:
 
 def test_without_peft_a_merge_says_what_to_install(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(InputError, match=r"peft is needed; pip install 'msif\[adapters\]'"):
+    with pytest.raises(InputError, match="peft is needed: pip install peft"):
         load_model(str(adapter), adapter="merge")
 
 

@@ -110,6 +110,16 @@ def test_a_long_prompt_loses_its_beginning(pipeline: Pipeline) -> None:
     assert len(ids) <= 24
 
 
+def test_a_query_that_shares_no_word_has_an_empty_answer(pipeline: Pipeline) -> None:
+    lexical = with_settings(pipeline, "retrieval", candidates="bm25", random_sample=0)
+    found = lexical.attribute(
+        [{"id": "strange", "prompt": "Qux?", "completion": "Zot"}, {"id": "t", "input_ids": [4, 5]}]
+    )
+    assert found.query_ids == ["strange", "t"]
+    assert found.table.num_rows == 0
+    assert "Qux?" in found.to_html(found.folder / "page.html").read_text()
+
+
 # -- the answer ---------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -14,6 +15,7 @@ from flows.changes import what_changed
 from msif_core import catalog, generations, storage
 from msif_core.config import IndexSettings
 from msif_core.errors import InputError
+from msif_core.pipeline import Pipeline
 from msif_core.workspace import Workspace
 from tests.workspace_fixture import write_workspace
 
@@ -26,7 +28,7 @@ def test_every_command_has_a_help_line() -> None:
     commands = {
         command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback
     }
-    expected = "demo run attribute score rebuild sql evaluate plan report rollback prune serve"
+    expected = "demo run attribute score rebuild sql evaluate plan report rollback prune serve settings"
     assert commands == set(expected.split())
     for name in commands:
         assert name in shown.output
@@ -66,7 +68,7 @@ def test_a_wrong_key_is_named(msif: Callable[..., tuple[int, str]], tmp_path: Pa
     path = config(tmp_path, worksapce="here")
     code, error = msif("run", path)
     assert code == 2
-    assert "worksapce: Extra inputs are not permitted" in error
+    assert "worksapce: unknown key; known here: workspace, stages, " in error
 
 
 def test_nothing_published_yet(msif: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
@@ -82,11 +84,34 @@ def test_evaluate_needs_queries(msif: Callable[..., tuple[int, str]], tmp_path: 
     assert "set `queries`" in error
 
 
+def test_a_server_that_does_not_answer_is_named(msif: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        code, error = msif("run", config(tmp_path))
+    assert (code, error) == (
+        2, "msif: PREFECT_API_URL is http://127.0.0.1:9/api, where nothing answers; start that server, or unset it\n",
+    )  # fmt: skip
+
+
 def test_plan_refuses_a_wrong_count(msif: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     code, error = msif("plan", config(tmp_path), "--sequences", "pretrain=many")
     assert (code, error) == (
         2, "msif: --sequences pretrain=many: expected STAGE=COUNT, for example pretrain=100000\n",
     )  # fmt: skip
+
+
+def test_score_writes_the_file_that_is_named_or_says_so_before_it_starts(
+    msif: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pipeline, "score", lambda *_: np.ones((1, 2), np.float32))
+    arguments = ("score", config(tmp_path), "--queries", "q.jsonl", "--documents", "d.jsonl", "--out")
+    assert msif(*arguments, tmp_path / "scores")[0] == 0
+    assert np.load(tmp_path / "scores").shape == (1, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "scores"}
+    monkeypatch.setattr(Pipeline, "score", None)
+    for out in (tmp_path / "none" / "scores.npy", tmp_path):
+        assert msif(*arguments, out) == (2, f"msif: --out {out}: name a file in a folder that exists\n")
 
 
 def test_rollback_moves_to_the_parent_and_stops_at_the_first(

@@ -28,7 +28,15 @@ def test_the_first_stage_is_attributed_to_by_default(tmp_path):
     [
         ("workspace: [", "not valid YAML"),
         ("just text", "expected a mapping"),
-        (GOOD + "colour: blue\n", "colour: Extra inputs"),
+        (GOOD + "colour: blue\n", r"\n  colour: unknown key; known here: workspace, stages, attribute_to, queries, "),
+        (GOOD + "index: {size: 1}\n", r"\n  index.size: unknown key; known here: kind, bits, "),
+        (GOOD.replace("tau: 2.0", "t: 2"), r"\n  stages.1.filter.t: unknown key; known here: kind, damping, tau, "),
+        (GOOD.replace('"a/*.jsonl"', "{path: a}"), r"HubDataset.path: unknown key; known here: dataset, name, "),
+        (GOOD.replace("name: pretrain, ", ""), r"\n  stages.0.name: Field required"),
+        ("workspace: x\nstages: [pretrain]", r"\n  stages.0: Input should be a valid dictionary"),
+        ("workspace: x\nstages: {pretrain: {model: m}}", r"\n  stages: Input should be a valid tuple"),
+        ("workspace: x\nstages: []", r"\n  stages: Tuple should have at least 1 item"),
+        (GOOD + "curvature: {include: '('}", r"\n  curvature.include: .*no regular expression \(missing \)"),
         (GOOD.replace("finetune", "pretrain"), "stage names must differ"),
         (GOOD + "attribute_to: nowhere\n", "attribute_to names no stage"),
         (GOOD.replace(", tau: 2.0", ""), "needs tau"),
@@ -40,6 +48,11 @@ def test_a_wrong_value_is_named(tmp_path, text, message):
         Config.load(write(tmp_path, text))
 
 
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match="no such configuration file"):
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"none.yaml: no such configuration file"):
         Config.load(tmp_path / "none.yaml")
+    with pytest.raises(InputError, match=f"{tmp_path}: a folder; name the configuration file in it"):
+        Config.load(tmp_path)
+    (tmp_path / "c.yaml").write_bytes(b"workspace: \xff")
+    with pytest.raises(InputError, match=r"c.yaml: not valid YAML"):
+        Config.load(tmp_path / "c.yaml")

@@ -89,7 +89,7 @@ def test_given_tokens_need_no_tokenizer_and_are_cut_too():
     record = {"id": "a", "input_ids": list(range(1, 8)), "labels": [-100, -100, 3, 4, 5, -100, -100]}
     windows = encoding.encode(record, None, 3, "causal_lm")
     assert windows == [([1, 2, 3], [-100, -100, 3]), ([4, 5, 6], [4, 5, -100])]
-    with pytest.raises(InputError, match="'b' is text, but the stage's model has no tokenizer; give input_ids"):
+    with pytest.raises(InputError, match=r"'b' is text, .* no tokenizer; give input_ids, or a model folder with"):
         encoding.encode({"id": "b", "text": "w1"}, None, 3, "causal_lm")
 
 
@@ -159,6 +159,8 @@ def test_jsonl_parquet_and_datasets_give_the_same_shards(tmp_path: Path, tokeniz
     write_jsonl(tmp_path / "hub" / "train.jsonl", found)
     built = [build(source, tmp_path / f"c{i}", tokenizer) for i, source in enumerate(sources)]
     assert len({manifest["fingerprint"] for manifest in built}) == 1
+    write_jsonl(tmp_path / "hub" / "train.jsonl", documents(13))
+    assert build(sources[2], tmp_path / "c2", tokenizer) != built[2], "a folder that a dataset is read from changed"
 
 
 def encodings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -290,6 +292,7 @@ def test_sequences_and_documents_find_each_other(tmp_path: Path, tokenizer: Any)
     assert set(found.document_ids) == {"d2", "d7"}
     ids = np.concatenate([[-1], found.sequence_ids])
     assert corpus.documents_of_sequences(folder, ids) == list(dict.fromkeys(found.document_ids))
+    assert len(corpus.sequences_of_documents(folder, [])) == 0
     assert corpus.rows_of_documents(folder, ["d7", "none"], ["text"]) == {
         "d7": {"document_id": "d7", "text": words(14, 7)}
     }
@@ -330,6 +333,15 @@ BAD = {
     '{"id": "a", "text": " "}': r"bad.jsonl:2: empty text; remove the record",
     '{"id": "a", "prompt": "w1"}': r"bad.jsonl:2: prompt without a completion; give both as text",
     '{"id": "a", "input_ids": [1, 2], "labels": [1]}': r"bad.jsonl:2: input_ids and labels must have the same length",
+    '{"id": "a", "input_ids": 5}': r"bad.jsonl:2: input_ids must be a list of tokens, whole numbers from 0 to 21474",
+    '{"id": "a", "input_ids": null}': r"bad.jsonl:2: input_ids must be a list of tokens",
+    '{"id": "a", "input_ids": []}': r"bad.jsonl:2: input_ids must be a list of tokens",
+    '{"id": "a", "input_ids": ["w1"]}': r"bad.jsonl:2: input_ids must be a list of tokens",
+    '{"id": "a", "input_ids": [1, -2]}': r"bad.jsonl:2: input_ids must be a list of tokens",
+    '{"id": "a", "input_ids": [1, 4294967296]}': r"bad.jsonl:2: input_ids must be a list of tokens",
+    '{"id": "a", "input_ids": [1, 2], "labels": 2}': r"bad.jsonl:2: labels must be a list of whole numbers",
+    '{"id": "a", "input_ids": [1, 2], "labels": [1, "x"]}': r"bad.jsonl:2: labels must be a list of whole numbers",
+    '{"id": "a", "input_ids": [1, 2], "labels": [1, -1]}': r"bad.jsonl:2: label -1; labels are tokens, and -100 leaves",
     '{"id": "good", "text": "w9"}': r"bad.jsonl:2: id 'good' stands already at .*bad.jsonl:1; ids must differ",
     '{"id": "a", "text": "w1 \\ud800"}': r"bad.jsonl.*, record 'a': a lone surrogate is no text; re-encode it",
 }
@@ -357,6 +369,20 @@ def test_invalid_utf8_names_the_line(tmp_path: Path, tokenizer: Any):
 def test_a_glob_that_matches_nothing(tmp_path: Path, tokenizer: Any):
     with pytest.raises(InputError, match=r"none-\*.jsonl: no file matches"):
         build(str(tmp_path / "none-*.jsonl"), tmp_path / "c", tokenizer)
+
+
+def test_a_folder_is_no_file(tmp_path: Path, tokenizer: Any):
+    (tmp_path / "texts" / "more").mkdir(parents=True)
+    write_jsonl(tmp_path / "texts" / "a.jsonl", documents(4))
+    with pytest.raises(InputError, match=r"texts: a folder; name its files, for example .*texts/\*\.jsonl"):
+        build(str(tmp_path / "texts"), tmp_path / "c", tokenizer)
+    build(str(tmp_path / "texts" / "**"), tmp_path / "c", tokenizer)
+    assert len(read_all(tmp_path / "c")) == 4
+
+
+def test_given_tokens_may_have_a_prompt_to_read(tmp_path: Path):
+    build(write_jsonl(tmp_path / "a.jsonl", [{"id": "a", "prompt": "Why?", "input_ids": [1, 2]}]), tmp_path / "c", None)
+    assert corpus.rows_of_documents(tmp_path / "c", ["a"], ["text"]) == {"a": {"document_id": "a", "text": "Why?"}}
 
 
 def test_an_empty_source(tmp_path: Path, tokenizer: Any):

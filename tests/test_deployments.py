@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from flows import cli
 from flows.attribute import gather, with_retrieval
 from flows.serve import deployments
+from flows.show_settings import markdown
 from msif_core.config import Config, Query
 from msif_core.errors import InputError
 
@@ -95,6 +96,12 @@ def test_documented_commands_exist() -> None:
             assert option in shown, (command, option)
     ready = re.findall(r"--ready (\w+)", text)
     assert set(ready) <= {path.stem for path in (ROOT / "sql").glob("*.sql")}
+
+
+def test_documented_settings_are_those_of_the_code() -> None:
+    """docs/settings.md is what `msif settings` prints, and no setting is without a word."""
+    assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == markdown()
+    assert not re.findall(r"\|  \|$", markdown(), re.MULTILINE)
 
 
 def test_descriptions_are_short_enough_to_read() -> None:

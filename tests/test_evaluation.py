@@ -74,7 +74,7 @@ def test_fact_tracing_leaves_controls_out() -> None:
     assert traced.queries == 3
     assert traced.mrr == pytest.approx((1 / 2 + 1 + 0) / 3)
     assert traced.recall == pytest.approx({1: (0 + 0.5 + 0) / 3, 3: (1 + 1 + 0) / 3})
-    with pytest.raises(InputError, match="gold_doc_ids"):
+    with pytest.raises(InputError, match="no query has gold_doc_ids; give some the ids of the documents"):
         trace_facts([[], []])
 
 

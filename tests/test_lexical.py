@@ -12,7 +12,7 @@ NAMES = ["orbit", "disease", "moons", "empty"]
 
 @pytest.fixture(scope="module")
 def index() -> LexicalIndex:
-    return LexicalIndex.build(NAMES, TEXTS)
+    return LexicalIndex.build(zip(NAMES, TEXTS, strict=True))
 
 
 def test_words_are_words_not_characters():
@@ -31,9 +31,8 @@ def test_k_limits_the_answer(index: LexicalIndex):
 
 
 def test_ties_fall_alike_whatever_the_order_of_the_documents():
-    names = [f"d{i:02d}" for i in range(30)]
-    texts = [f"kite number{i % 3}" for i in range(30)]
-    there, back = LexicalIndex.build(names, texts), LexicalIndex.build(names[::-1], texts[::-1])
+    documents = [(f"d{i:02d}", f"kite number{i % 3}") for i in range(30)]
+    there, back = LexicalIndex.build(documents), LexicalIndex.build(documents[::-1])
     assert there.search(["kite"], 7) == back.search(["kite"], 7)
 
 

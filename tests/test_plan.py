@@ -119,7 +119,7 @@ def test_twice_the_corpus_takes_twice_the_sketches(tmp_path: Path) -> None:
 def test_what_cannot_be_planned_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="device 'abacus' is not known"):
         plan.make_plan(config_of(tmp_path, "bigscience/bloom-560m"), "abacus")
-    with pytest.raises(InputError, match=r"--sequences names no stage: \['finetune'\]"):
+    with pytest.raises(InputError, match=r"--sequences names no stage: \['finetune'\]; stages are \['pretrain'\]"):
         plan.make_plan(config_of(tmp_path, "bigscience/bloom-560m"), "h100", {"finetune": 1})
     with pytest.raises(InputError, match="--sequences pretrain=0: a stage has one sequence at least"):
         plan.make_plan(config_of(tmp_path, "bigscience/bloom-560m"), "h100", {"pretrain": 0})

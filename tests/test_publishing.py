@@ -90,6 +90,18 @@ def test_a_rebuild_does_not_undo_two_rollbacks(project: Path) -> None:
     assert pipeline.workspace.published() == again.name
 
 
+def test_without_words_as_a_source_no_index_of_them_is_built(project: Path) -> None:
+    pipeline = change(project, retrieval={"candidates": "gradient"})
+    first = pipeline.run()
+    assert not (pipeline.workspace.root / "lexical").exists()
+    assert pipeline.attribute(asked(project)).table.num_rows
+    both = change(project, retrieval={"candidates": "both"})
+    with pytest.raises(InputError, match=r"it was built with retrieval\.candidates: gradient"):
+        both.attribute(asked(project))
+    assert both.run() != first
+    assert both.attribute(asked(project)).table.num_rows
+
+
 def test_another_later_stage_is_another_generation(project: Path) -> None:
     pipeline = Pipeline.from_config(project)
     first = pipeline.run()

@@ -30,10 +30,10 @@ Rows = list[dict[str, Any]]
 
 
 def described() -> Rows:
-    """The tiny project's documents, with a source and (two of three) a license."""
+    """The tiny project's documents, with one of more sources than are ranked, and (two of three) a license."""
     licenses = ("CC0", "MIT", None)
     return [
-        {**row, "source": ("book", "web")[i % 2], **({"license": name} if (name := licenses[i % 3]) else {})}
+        {**row, "source": f"shelf {i % 24}", **({"license": name} if (name := licenses[i % 3]) else {})}
         for i, row in enumerate(documents())
     ]
 
@@ -77,6 +77,16 @@ def test_by_source_and_license(attribution: Attribution) -> None:
             total[str(of[row["document_id"]])] += row["score"]
         found = {row[field]: row["total_score"] for row in ask(attribution, name)}
         assert found == pytest.approx(total, rel=1e-5)
+
+
+def test_lift_compares_with_all_documents(attribution: Attribution) -> None:
+    of = {str(row["id"]): row["source"] for row in described()}
+    found, shelves = Counter(of[row["document_id"]] for row in influences(attribution)), Counter(of.values())
+    assert len(found) < len(shelves), "every source is ranked: the test shows nothing"
+    expected = {s: (n / found.total()) / (shelves[s] / shelves.total()) for s, n in found.items()}
+    rows = ask(attribution, "influence_by_source")
+    assert {row["source"]: row["lift"] for row in rows} == pytest.approx(expected)
+    assert {row["source"]: row["n_documents"] for row in rows} == {s: shelves[s] for s in found}
 
 
 def test_by_length_and_layer(attribution: Attribution) -> None:
@@ -180,6 +190,11 @@ def test_what_changed(tmp_path: Path) -> None:
     assert same == found
     back = catalog.query(tmp_path, "what_changed", {"before": "g2", "after": "g1"}).to_pylist()
     assert {row["document_id"]: row["change"] for row in back} == {**changed, "pr-0000": "added", "new": "removed"}
+    unknown: list[dict[str, str]] = [{"before": "g9"}, {"after": "g9"}, {"after": "g1"}]  # g1 is the first
+    assert [catalog.query(tmp_path, "what_changed", names).num_rows for names in unknown] == [0, 0, 0]
+    (tmp_path / "generations" / "g1" / "manifest.json").unlink()  # pruned
+    catalog.publish(tmp_path)
+    assert catalog.query(tmp_path, "what_changed").num_rows == 0
 
 
 def test_rows_go_to_the_terminal_and_to_files(attribution: Attribution, tmp_path: Path) -> None:

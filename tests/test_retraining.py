@@ -220,7 +220,7 @@ def test_what_is_missing_is_named(tmp_path: Path, trained: Retraining) -> None:
     bare = config.stages[0].model_copy(update={"training": None})
     with pytest.raises(InputError, match="stage pretrain: no `training` recipe"):
         Retraining(config.model_copy(update={"stages": (bare, config.stages[1])}))
-    with pytest.raises(InputError, match="pool is 100, but there are 24 documents"):
+    with pytest.raises(InputError, match=r"there are 24 documents; set retraining\.pool to 24 or less"):
         _ = Retraining(project(tmp_path, pool=100)).pool
     contrast = write_records(
         tmp_path / "contrast.jsonl", [{"id": "q", "prompt": "What?", "completion": " A.", "contrast": " B."}]

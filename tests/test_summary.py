@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ def test_generation(tmp_path: Path) -> None:
     assert tmp_path.as_uri() in text
     bare = summary.generation({**manifest, "changes": None, "drift": {}, "recall": {}}, "", tmp_path, True)
     assert "What changed" not in bare
+    assert "bytes per sequence" in text
+    assert "bytes per sequence" not in bare, "what is not known is left out"
     assert "Recall" not in bare
 
 
@@ -55,11 +58,14 @@ def test_attribution(tmp_path: Path) -> None:
     assert "&lt;b>red water&lt;/b>" in text, "what a query says is no markup"
     assert set(columns(text)) == {7}
     assert text.count("| proponent | 1 |") == 2
+    for name, document in found.documents.items():
+        found.documents[name] = replace(document, text="")
+    assert summary.attribution(found, tmp_path / "page.html").count("| proponent | 1 |") == 2, "tokens have no text"
 
 
 def test_cells_cannot_break_a_table() -> None:
-    text = summary.table(("a", "b"), [("x|y\nz", "*_#<script>"), ("left out", "")])
-    assert columns(text) == [3, 3, 3]
+    text = summary.table(("a", "b"), [("x|y\nz", "*_#<script>"), ("kept", "")])
+    assert columns(text) == [3, 3, 3, 3]
     assert "<script>" not in text
 
 

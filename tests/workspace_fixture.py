@@ -148,7 +148,7 @@ def write_workspace(root: Path) -> Path:
         storage.write_json(root / "factors" / f"f{i}" / "factors.json", manifest)
     for i, recall in ((1, {}), (2, RECALL)):
         storage.write_json(root / "generations" / f"g{i}" / "manifest.json", {
-            "generation": f"g{i}", "created": f"2026-01-0{i}T00:00:00+00:00",
+            "generation": f"g{i}", "content": f"content{i}", "created": f"2026-01-0{i}T00:00:00+00:00",
             "parent": "g1" if i == 2 else None,
             "corpus": "c" * 16, "factors": {"pretrain": "f1", "finetune": "f2"}, "n_sequences": 60,
             "index_bytes": 12345, "seconds": 3.5, "recall": recall, "settings": {"attribute_to": "pretrain"},

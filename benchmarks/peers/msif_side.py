@@ -66,8 +66,9 @@ def prepare(case: Case) -> Mapping[str, Step]:
         sketcher = Sketcher(maps, factors, spectral, sketch, "causal_lm", kept)
         phi = sketcher.documents(model, train, batch_tokens, BUDGET)
         kind = IndexSettings(kind="rabitq")
-        index.train(phi, kind, len(phi), scratch / "trained.faiss")
-        index.build_shard(scratch / "trained.faiss", phi, train.sequence_ids, scratch / "shard.faiss")
+        trained = scratch / "trained.faiss"
+        index.train(phi, kind, len(phi), trained)
+        index.write_shard(trained, index.encode(trained, phi), train.sequence_ids, scratch / "shard.faiss")
 
     steps: dict[str, Step] = {"fit": fit_factors, "scores": scores}
     if find_spec("faiss") and find_spec("pydantic"):

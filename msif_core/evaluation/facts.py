@@ -64,7 +64,9 @@ def trace_facts(ranks: Sequence[Sequence[int]], ks: Sequence[int] = (1, 10, 100)
     """
     known = [list(row) for row in ranks if row]
     if not known:
-        raise InputError("fact tracing: no query has gold_doc_ids")
+        raise InputError(
+            "fact tracing: no query has gold_doc_ids; give some the ids of the documents that state their answer"
+        )
     best = [min((rank for rank in row if rank != MISSED), default=None) for row in known]
     return FactTracing(
         ranks=[list(row) for row in ranks],

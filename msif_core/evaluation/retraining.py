@@ -27,7 +27,7 @@ from msif_core.config import Config, Stage
 from msif_core.demo import read
 from msif_core.errors import InputError
 from msif_core.models import load_tokenizer
-from msif_core.queries import Queries, load_queries
+from msif_core.queries import Queries, check_single, load_queries
 from msif_core.training import Architecture, new_model, optimize, sequence_losses, train_stage, train_tokenizer
 from msif_core.workspace import Workspace
 
@@ -133,7 +133,10 @@ class Retraining:
         order = np.random.default_rng(self.settings.seed).permutation(len(found))
         chosen = sorted((int(i) for i in order), key=lambda i: found[i]["id"] not in gold)[: self.settings.pool]
         if len(chosen) < self.settings.pool:
-            raise InputError(f"retraining.pool is {self.settings.pool}, but there are {len(found)} documents")
+            raise InputError(
+                f"retraining.pool is {self.settings.pool}, but there are {len(found)} documents; set retraining.pool "
+                f"to {len(found)} or less"
+            )
         return [found[i] for i in sorted(chosen)]
 
     @cached_property
@@ -182,9 +185,7 @@ class Retraining:
         """
         source = Path(str(self.config.queries))
         found = load_queries(source, self.tokenizer, self.window, "causal_lm")
-        for name, weights in zip(found.ids, found.measurements, strict=True):
-            if list(weights.values()) != [1.0]:
-                raise InputError(f"{source}, query {name!r}: retraining takes neither contrasts nor sets; remove it")
+        check_single(found, str(source), "retraining")
         return found
 
     def sequences(self, stage: Stage) -> Sequences:

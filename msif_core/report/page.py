@@ -79,16 +79,21 @@ class QueryView:
 
     @property
     def label(self) -> str:
-        """The prompt on one line, without the headings of an instruction template; a set's name."""
+        """The prompt on one line; a set's name."""
         if self.members:
             return f"Set {self.row['query_id']} ({len(self.members)} queries)"
-        lines = [line for line in self.row["prompt"].splitlines() if not line.lstrip().startswith("###")]
-        return " ".join(" ".join(lines).split()) or str(self.row["query_id"])
+        return on_one_line(self.row["prompt"]) or str(self.row["query_id"])
 
     @property
     def best(self) -> RankedDocument | None:
         """The strongest proponent."""
         return self.proponents[0] if self.proponents else None
+
+
+def on_one_line(prompt: str) -> str:
+    """A prompt without the headings of an instruction template."""
+    lines = [line for line in prompt.splitlines() if not line.lstrip().startswith("###")]
+    return " ".join(" ".join(lines).split())
 
 
 def render(attribution: Attribution, shown: Sequence[str]) -> str:

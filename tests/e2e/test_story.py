@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from prefect.client.orchestration import get_client
 
 from flows.cli import main
-from flows.server import server
+from flows.server import limit_accelerator, server
 from msif_core import storage
 from msif_core.pipeline import Pipeline
+from tasks import ACCELERATOR
 from tests.tiny_project import documents, write_project, write_records
 
 Msif = Callable[..., "Outcome"]
@@ -65,6 +67,13 @@ def modified(config: Path) -> dict[str, int]:
     return {str(p): p.stat().st_mtime_ns for kind in kinds for p in (root / kind).rglob("*") if p.is_file()}
 
 
+def test_a_shared_server_keeps_the_higher_limit(url: str) -> None:
+    with get_client(sync_client=True) as client:
+        limit_accelerator(4)
+        limit_accelerator(1)
+        assert client.read_concurrency_limit_by_tag(ACCELERATOR).concurrency_limit == 4
+
+
 def test_story(config: Path, url: str, msif: Msif) -> None:
     root = config.parent
     workspace = root / "workspace"
@@ -93,6 +102,11 @@ def test_story(config: Path, url: str, msif: Msif) -> None:
     influences = pq.read_table(root / "out.parquet").to_pylist()
     run = influences[0]["run_id"]
     assert (workspace / "attributions" / run / "page.html").exists()
+
+    write_records(root / "odd.jsonl", [{"id": "odd", "prompt": "### [/INST] What is kite?", "completion": "[/b]"}])
+    odd = msif("attribute", config, "--queries", root / "odd.jsonl")
+    assert odd.returncode == 0, odd.stderr
+    assert "odd  →  [/b]" in odd.stdout, "markup is printed, not followed"
 
     exact = msif("score", config, "--queries", root / "queries.jsonl", "--documents", root / "documents.jsonl",
                  "--out", root / "scores.npy")  # fmt: skip
