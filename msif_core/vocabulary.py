@@ -41,5 +41,6 @@ def check_shard(path: Path, model: Any, task: str, stage: str) -> None:
     known = dict(zip(("input_ids", "labels"), sizes(model, task), strict=True))
     for column in columns:
         name = column.path_in_schema.partition(".")[0]
-        if name in known and column.statistics.has_min_max and column.statistics.max >= known[name]:
+        found = column.statistics  # none of a shard without a sequence
+        if name in known and found is not None and found.has_min_max and found.max >= known[name]:
             check_sequences(corpus.read_shard(path), model, task, stage)
