@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
+import pyarrow.parquet as pq
 
 from msif_core import corpus, storage
 from msif_core.config import IndexSettings
@@ -79,29 +79,33 @@ def changes(
     Reads the files that differ alone. `shards` and `documents` are the new corpus's, `codes` the new codes' paths
     below `root`; a receipt beside each of those tells how it was made.
     """
-    old_shards, old_documents = [], []
-    if before is not None:
-        folder, entries = corpus.shard_entries(root / before["corpora"][before["settings"]["attribute_to"]])
-        old_shards = [folder / entry["sequences"] for entry in entries]
-        old_documents = [folder / entry["documents"] for entry in entries]
-    was, now = (_sequences(set(mine) - set(other)) for mine, other in ((old_shards, shards), (shards, old_shards)))
-    gone, come = (
-        _documents(set(mine) - set(other)) for mine, other in ((old_documents, documents), (documents, old_documents))
-    )
     parent, sketched = before["generation"] if before else None, 0
     for path in set(codes) - set(before["codes"] if before else ()):
         receipt = storage.read_json((root / path).with_suffix(".json"))
         # Codes that stand from an earlier generation still cost this build nothing.
         sketched += receipt["sketched"] if receipt["parent"] == parent else 0
-    total = sum(pa.parquet.read_metadata(path).num_rows for path in shards)
-    return {
-        "documents": {
+    come_and_gone, removed = {"added": _rows(documents), "changed": 0, "removed": 0}, 0
+    if before is not None:
+        folder, entries = corpus.shard_entries(root / before["corpora"][before["settings"]["attribute_to"]])
+        was, now = (_sequences(files) for files in _apart([folder / e["sequences"] for e in entries], shards))
+        gone, come = (_documents(files) for files in _apart([folder / e["documents"] for e in entries], documents))
+        come_and_gone = {
             "added": len(come.keys() - gone.keys()),
             "changed": sum(gone[name] != come[name] for name in come.keys() & gone.keys()),
             "removed": len(gone.keys() - come.keys()),
-        },
-        "sequences": {"sketched": sketched, "reused": total - sketched, "removed": sum((was - now).values())},
-    }
+        }
+        removed = sum((was - now).values())
+    reused = _rows(shards) - sketched
+    return {"documents": come_and_gone, "sequences": {"sketched": sketched, "reused": reused, "removed": removed}}
+
+
+def _apart(old: list[Path], new: list[Path]) -> tuple[set[Path], set[Path]]:
+    """The files of each that the other lacks."""
+    return set(old) - set(new), set(new) - set(old)
+
+
+def _rows(paths: Iterable[Path]) -> int:
+    return sum(pq.read_metadata(path).num_rows for path in paths)
 
 
 def _sequences(paths: Iterable[Path]) -> Counter[str]:

@@ -248,9 +248,11 @@ class Pipeline(Stages):
 
     def measure_drift(self) -> dict[str, Any]:
         """How far the attributed stage's pinned factors have drifted from its corpus, on a sample."""
-        found = {path: corpus.fingerprints(path) for path in self.shards(self.target)}
-        drawn = drift.sample((name for names in found.values() for name in names), self.config.index.drift_sample)
-        paths = [path for path, names in found.items() if drawn.intersection(names)]
+        drawn: dict[str, Path] = {}
+        for path in self.shards(self.target):  # no more is held than a shard and the sample so far
+            drawn = dict.fromkeys(corpus.fingerprints(path), path) | drawn
+            drawn = {name: drawn[name] for name in drift.sample(drawn, self.config.index.drift_sample)}
+        paths = sorted(set(drawn.values()))
         if not paths:
             return {}
         return drift.measure_drift(
