@@ -42,16 +42,22 @@ def run_step(config: Config, step: str, *arguments: str | int) -> Any:
     """Run a step in `compute.ranks` processes of this machine; returns the path or paths that it returned.
 
     Raises:
+        InputError: what a rank says of the input.
         RuntimeError: a rank failed; ends with its last lines.
     """
     if step not in STEPS:
         raise InputError(f"{step}: not a step that sharded models run; those are {sorted(STEPS)}")
     with tempfile.TemporaryDirectory(prefix="msif-") as folder:
-        request, answer = Path(folder, "request.json"), Path(folder, "answer.json")
+        request, answer, mistake = (Path(folder, f"{name}.json") for name in ("request", "answer", "mistake"))
         storage.write_json(
             request, {"config": config.model_dump(mode="json"), "step": step, "arguments": list(arguments)}
         )
-        _torchrun(config.compute.ranks, [str(request), str(answer)])
+        try:
+            _torchrun(config.compute.ranks, [str(request), str(answer), str(mistake)])
+        except RuntimeError:
+            if mistake.exists():
+                raise InputError(storage.read_json(mistake)) from None
+            raise
         found = storage.read_json(answer)
     return [Path(path) for path in found] if isinstance(found, list) else Path(found)
 
@@ -69,7 +75,7 @@ def _torchrun(ranks: int, arguments: list[str]) -> None:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
     if process.returncode:
-        raise RuntimeError(f"torchrun ended with {process.returncode}:\n" + "\n".join(output.splitlines()[-30:]))
+        raise RuntimeError(f"torchrun ended with {process.returncode}:\n" + "\n".join(output.splitlines()[-80:]))
 
 
 def share(sequences: Sequences, rank: int, ranks: int) -> tuple[Sequences, list[int]]:
@@ -209,7 +215,10 @@ class Ranks:
         return run
 
     def _run(self, name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        return PASSES[name][1](self._passes[name], arguments, keywords)
+        try:
+            return PASSES[name][1](self._passes[name], arguments, keywords)
+        except fit.NonFiniteError as error:  # no other rank knows: a step that set it aside and went on would hang
+            raise InputError(str(error)) from error
 
     def follow(self) -> None:
         """Take part in what rank 0 runs, until it has no more."""
@@ -236,7 +245,16 @@ class _Model:
 
 def main() -> None:
     """One rank of torchrun."""
-    request, answer = storage.read_json(Path(sys.argv[1])), Path(sys.argv[2])
+    request, answer, mistake = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+    try:
+        take_part(storage.read_json(request), answer)
+    except InputError as error:
+        storage.write_json(mistake, str(error))
+        raise
+
+
+def take_part(request: dict[str, Any], answer: Path) -> None:
+    """Run the step on rank 0, which writes what it returns, and follow it on the others."""
     config = Config.model_validate(request["config"])
     cuda = torch.cuda.is_available() and config.compute.device != "cpu"
     if cuda:

@@ -80,3 +80,21 @@ def test_two_ranks_fit_sketch_and_score_as_one_process(tmp_path: Path) -> None:
     psi = one.query_sketches(held_out)
     results = [index.Index([Path(str(path))], one.config.index).search(psi, 10) for path in both("index_shard", 0)]
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-3, atol=1e-4 * float(np.abs(results[1][0]).max()))
+
+
+@pytest.mark.drill
+def test_a_document_that_is_not_finite_ends_the_step_with_its_name(tmp_path: Path) -> None:
+    """On rank 0 too, where one process would set it aside and run the pass again: the others are in the first still."""
+    path = write_project(tmp_path)
+    config = Config.load(path)
+    source = config.stages[0].model
+    model, token = models.load_model(source), models.load_tokenizer(source).convert_tokens_to_ids("~")  # nowhere else
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = torch.nan
+    model.save_pretrained(source)
+    with open(tmp_path / "documents.jsonl", "a", encoding="utf-8") as handle:  # the longest goes to rank 0
+        handle.write(json.dumps({"id": "broken", "input_ids": [*range(40, 63), token]}) + "\n")
+    pipeline = Pipeline(config.model_copy(update={"compute": config.compute.model_copy(update={"ranks": 2})}))
+    pipeline.tokenize("pretrain")
+    with pytest.raises(InputError, match=r"'broken'.*take the document out"):
+        sharded.run_step(pipeline.config, "covariance_part", "pretrain", 0)
