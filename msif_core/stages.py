@@ -137,10 +137,16 @@ class Stages:
         return path
 
     def corpus_manifest(self, stage: str) -> dict[str, Any]:
-        """What `tokenize` wrote of the stage; read once where it is held (`holding`)."""
-        held = {} if self._corpora is None else self._corpora
+        """What `tokenize` wrote of the stage; read once where it is held (`holding`).
+
+        Raises:
+            InputError: the stage is not tokenized.
+        """
+        held, path = {} if self._corpora is None else self._corpora, self.workspace.corpus(stage) / "manifest.json"
         if stage not in held:
-            held[stage] = storage.read_json(self.workspace.corpus(stage) / "manifest.json")
+            if not path.exists():
+                raise InputError(f"{path}: stage {stage!r} is not tokenized; run `msif run CONFIG` first")
+            held[stage] = storage.read_json(path)
         return held[stage]
 
     def corpus_version(self, stage: str) -> Path:

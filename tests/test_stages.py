@@ -53,6 +53,12 @@ def test_stages_without_a_shared_map_are_refused(config: Config, monkeypatch: py
         pipeline.score([{"id": "q", "text": "a kite"}], [{"id": "d", "text": "an oak"}])
 
 
+def test_scores_before_a_build_say_what_to_run(config: Config, tmp_path: Path) -> None:
+    pipeline = Pipeline(config.model_copy(update={"workspace": tmp_path}))
+    with pytest.raises(InputError, match="is not tokenized; run `msif run CONFIG` first"):
+        pipeline.score([{"id": "q", "text": "a kite"}], [{"id": "d", "text": "an oak"}])
+
+
 @pytest.mark.parametrize("rank", [None, 4])
 def test_a_group_of_maps_that_all_drop_out_adds_nothing(
     config: Config, monkeypatch: pytest.MonkeyPatch, rank: int | None
