@@ -34,12 +34,15 @@ SIGN_BYTES = 12
 
 
 def activations(config: Config, work: Work) -> float:
-    """What a batch holds between its forward and its backward: the maps' inputs and outputs, logits, their gradient."""
+    """What a batch holds between its forward and its backward: the maps' inputs and outputs, and logits.
+
+    Their gradient takes their place.
+    """
     tokens = max(config.compute.batch_tokens, work.tokens)
     width = getattr(torch, config.compute.dtype).itemsize
     settings: Any = work.model.config
     layers = sum(m.d_in + m.d_out for m in work.maps if m.d_out < settings.vocab_size)
-    return float(tokens * width * (layers + 2 * settings.vocab_size))
+    return float(tokens * width * (layers + settings.vocab_size))
 
 
 def sampling(config: Config, work: Work, accelerator: bool) -> float:

@@ -33,7 +33,10 @@ def logits_and_targets(outputs: Any, batch: Batch, task: str) -> tuple[torch.Ten
 
 
 def negative_log_likelihoods(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """-log p of each target [N, P] under logits [N, P, V], in float32 or better; 0 where ignored."""
+    """-log p of each target [N, P] under logits [N, P, V], in float32 or better; 0 where ignored.
+
+    The backward spoils the logits: their gradient takes their place.
+    """
     flat: torch.Tensor = _CrossEntropy.apply(logits.flatten(0, 1), targets.flatten())  # type: ignore[no-untyped-call]
     return flat.view_as(targets)
 
@@ -41,8 +44,8 @@ def negative_log_likelihoods(logits: torch.Tensor, targets: torch.Tensor) -> tor
 class _CrossEntropy(torch.autograd.Function):
     """-log p of each target [R] under logits [R, V].
 
-    In blocks: beside the logits no tensor of their size is held but their gradient. torch's own function keeps the
-    log-probabilities too, and of a bfloat16 model float32 copies of all three.
+    In blocks, and the gradient where the logits were: no other tensor of their size is held. torch's own function
+    keeps the log-probabilities and the gradient too, and of a bfloat16 model float32 copies of all three.
     """
 
     @staticmethod
@@ -60,13 +63,13 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         logits, targets, tops, norms = ctx.saved_tensors
-        found, scale = torch.empty_like(logits), gradient.where(targets != IGNORED, 0)
+        scale = gradient.where(targets != IGNORED, 0)
         by_row = (x[:, None] for x in (targets.clamp_min(0), tops, norms, scale))
-        parts = (x.split(block_rows(logits)) for x in (logits, found, *by_row))
-        for own, out, target, top, norm, g in zip(*parts, strict=True):
+        parts = (x.split(block_rows(logits)) for x in (logits, *by_row))
+        for own, target, top, norm, g in zip(*parts, strict=True):
             p = (own - top).sub_(norm).exp_().mul_(g)
-            out.copy_(p.scatter_add_(1, target, -g))
-        return found, None
+            own.copy_(p.scatter_add_(1, target, -g))
+        return logits, None
 
 
 def block_rows(logits: torch.Tensor) -> int:

@@ -55,8 +55,18 @@ def test_nothing_of_the_logits_size_is_kept_but_the_logits() -> None:
     logits, targets, _ = random_case(torch.bfloat16)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        losses.negative_log_likelihoods(logits, targets)
+        found = losses.negative_log_likelihoods(logits, targets)
     assert [x.data_ptr() for x in kept if x.numel() >= logits.numel()] == [logits.data_ptr()]
+    (gradient,) = torch.autograd.grad(found.sum(), logits)
+    assert gradient.data_ptr() == logits.data_ptr(), "nor for the gradient"
+
+
+def test_a_second_backward_is_an_error_not_a_wrong_gradient() -> None:
+    logits, targets, _ = random_case(torch.float32)
+    found = losses.negative_log_likelihoods(logits * 1.0, targets).sum()
+    found.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found.backward()
 
 
 @pytest.mark.usefixtures("blocks")
