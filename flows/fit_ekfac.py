@@ -5,8 +5,7 @@ from prefect import flow, get_run_logger
 from flows.parameters import Configuration
 from flows.runners import share
 from msif_core.config import Config
-from msif_core.meta_models import meta_model
-from msif_core.models import coverage, tracked_maps
+from msif_core.models import coverage
 from msif_core.pipeline import Pipeline
 from tasks import curvature
 
@@ -22,10 +21,10 @@ def fit_ekfac(config: Configuration) -> None:
 
 def fit_stage(config: Config, stage: str) -> None:
     """Each step over the parts of the sample, then the factors."""
-    model = meta_model(config, config.stage(stage))
-    tracked, total = coverage(model, tracked_maps(model, config.curvature))
+    pipeline = Pipeline(config)
+    tracked, total = coverage(pipeline.structure(stage), pipeline.maps(stage))
     get_run_logger().info(f"{stage}: {tracked:,} of {total:,} parameters are tracked ({tracked / total:.0%})")
-    parts = range(len(Pipeline(config).fit_parts(stage)))
+    parts = range(len(pipeline.fit_parts(stage)))
     share(config, f"covariance of {stage}", curvature.covariance_part, stage, parts=parts)
     share(config, f"eigenbases of {stage}", curvature.eigenbasis_part, stage, parts=parts)
     share(config, f"eigenvalues of {stage}", curvature.eigenvalue_part, stage, parts=parts)
