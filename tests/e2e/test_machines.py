@@ -103,7 +103,7 @@ def test_a_killed_worker_of_a_pool_changes_no_bit(
     for stage in shared.stages:
         pipeline.tokenize(stage.name)
     pretrain = shared.stages[0].name
-    held = pipeline.fit(pretrain)._file("covariance", 0, 0)
+    held = pipeline.fit(pretrain, pipeline.structure(pretrain))._file("covariance", 0, 0)
 
     with server(tmp_path / "server") as url:
         environment = {**os.environ, "PREFECT_API_URL": url, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -154,7 +154,8 @@ def test_a_killed_worker_of_a_ray_cluster_changes_no_bit(
     pipeline = Pipeline(shared)
     for stage in shared.stages:
         pipeline.tokenize(stage.name)
-    held = pipeline.fit(shared.stages[0].name)._file("covariance", 2, 0)
+    pretrain = shared.stages[0].name
+    held = pipeline.fit(pretrain, pipeline.structure(pretrain))._file("covariance", 2, 0)
     config = tmp_path / "shared.yaml"
     config.write_text(shared.model_dump_json())
     with server(tmp_path / "server") as url:
