@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from flows.cli import print_retraining
+from flows.show_results import print_retraining
 from msif_core.chain import Chain, FilteredStage
 from msif_core.config import Config
 from msif_core.curvature.filters import Damped, Identity, SpectralFilter, Unrolled
@@ -118,7 +118,7 @@ def table_of_methods(retraining: Retraining) -> None:
     scores = read_scores(score_methods(retraining))
     for run in left_out_runs(retraining, scores):
         retraining.train(run)
-    print_retraining(judge(retraining, scores))
+    print_retraining(judge(retraining, scores), console)
 
 
 def families(subsets: Subsets, alone: Subsets) -> Iterator[tuple[str, str, FloatArray]]:

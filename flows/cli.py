@@ -13,10 +13,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from flows import prefect_defaults
 from msif_core.config import Config
@@ -70,26 +67,28 @@ def orchestrated(config: Config, keep: bool) -> Iterator[None]:
 def demo(keep_server: KeepServer = False) -> None:
     """Train two small stages on the shipped texts, fit, index, attribute ten questions, compare methods."""
     from flows.demo import demo as flow
+    from flows.show_results import print_attribution, print_comparison, print_recall
 
     config = Config.load(DEMO)
     with orchestrated(config, keep_server):
         run, comparison = flow(config)
-    print_attribution(run, top=3)
-    print_recall(config)
-    print_comparison(comparison)
+    print_attribution(run, console, top=3)
+    print_recall(config, console)
+    print_comparison(comparison, console)
 
 
 @app.command()
 def run(config: ConfigFile, keep_server: KeepServer = False) -> None:
     """Tokenize, fit and index. A second run finds everything in place and says so."""
     from flows.build_index import build_index
+    from flows.show_results import print_change, print_recall
 
     settings = Config.load(config)
     before = published(settings)
     with orchestrated(settings, keep_server):
         built = build_index(settings)
-    print_change(settings, before, built)
-    print_recall(settings)
+    print_change(settings, before, built, console)
+    print_recall(settings, console)
 
 
 @app.command()
@@ -104,6 +103,7 @@ def attribute(
     import pyarrow.parquet as pq
 
     from flows.attribute import attribute as flow
+    from flows.show_results import print_attribution
     from msif_core import storage
     from msif_core.attribution import Attribution
 
@@ -113,7 +113,7 @@ def attribute(
     if out is not None:
         with storage.atomic_path(out) as temporary:
             pq.write_table(Attribution.open(folder).table, temporary)
-    print_attribution(folder, top=5)
+    print_attribution(folder, console, top=5)
 
 
 @app.command()
@@ -143,12 +143,13 @@ def rebuild(
 ) -> None:
     """The periodic rebuild: factors stay pinned, only changed shards are sketched."""
     from flows.rebuild_index import rebuild_index
+    from flows.show_results import print_change
 
     settings = Config.load(config)
     before = published(settings)
     with orchestrated(settings, keep_server):
         built = rebuild_index(settings, refit)
-    print_change(settings, before, built)
+    print_change(settings, before, built, console)
 
 
 @app.command()
@@ -231,18 +232,19 @@ def evaluate(
     """Influence beside other methods: recall, fact tracing and tail-patch on the index, or against retraining."""
     from flows.evaluate import evaluate as flow
     from flows.retrain import retrain as ground_truth
+    from flows.show_results import print_comparison, print_recall, print_retraining
 
     settings = Config.load(config)
     if settings.queries is None:
         raise InputError(f"{config}: set `queries` to a jsonl file of held-out queries with gold_doc_ids")
     if retrain:
         with orchestrated(settings, keep_server):
-            print_retraining(ground_truth(settings))
+            print_retraining(ground_truth(settings), console)
         return
     with orchestrated(settings, keep_server):
         comparison = flow(settings, tail_patch_rate)
-    print_recall(settings)
-    print_comparison(comparison)
+    print_recall(settings, console)
+    print_comparison(comparison, console)
 
 
 @app.command()
@@ -315,27 +317,6 @@ def serve(
         serve_flows(config, name, cron, limit)
 
 
-def print_attribution(folder: Path, top: int) -> None:
-    """A ranked table for each query."""
-    from msif_core.attribution import Attribution
-    from msif_core.report.page import on_one_line
-
-    attribution = Attribution.open(folder)
-    texts = attribution.documents
-    rows = attribution.table.to_pylist()
-    for query in attribution.queries.to_pylist():
-        title = f"{on_one_line(query['prompt']) or query['query_id']}  →  {query['completion']}"
-        table = Table("rank", "score", "pct", "document", "text", title=escape(title))
-        for row in rows:
-            if row["query_id"] == query["query_id"] and row["side"] == "proponent" and row["rank"] <= top:
-                text = texts[row["document_id"]].text
-                shown = (f"{row['score']:.4g}", f"{row['percentile']:.1f}", row["document_id"], text[:70])
-                table.add_row(str(row["rank"]), *map(escape, shown))
-        console.print(table)
-    console.print(f"Stored: {escape(str(folder))}")
-    console.print(f"Page:   {escape(str(folder / 'page.html'))}")
-
-
 def published(config: Config) -> dict[str, Any] | None:
     """Manifest of the published generation, None before the first."""
     from msif_core.generations import manifest_of
@@ -343,68 +324,3 @@ def published(config: Config) -> dict[str, Any] | None:
 
     workspace = Workspace(config.workspace.resolve())
     return manifest_of(workspace, workspace.published())
-
-
-def print_change(config: Config, before: dict[str, Any] | None, built: Path) -> None:
-    """What a build did, and why."""
-    from flows.changes import what_changed
-    from msif_core import storage
-    from msif_core.generations import withheld
-
-    change = what_changed(before, storage.read_json(built / "manifest.json"), withheld(built, config.index))
-    console.print(change[0].upper() + change[1:])
-
-
-def print_recall(config: Config) -> None:
-    """Measured recall of the published generation."""
-    from msif_core import storage
-    from msif_core.workspace import Workspace
-
-    manifest = storage.read_json(Workspace(config.workspace.resolve()).current_generation() / "manifest.json")
-    recall = manifest["recall"]
-    if recall:
-        shares = ", ".join(f"{float(s):.1%}: {v:.2f}" for s, v in recall["recall_at_10"].items())
-        console.print(
-            f"Recall@10 of the exact top ten by share re-scored ({recall['queries']} held-out queries, "
-            f"{recall['sequences']:,} sequences, {recall['bytes_per_sequence']:.0f} bytes each): {shares}"
-        )
-
-
-def print_retraining(result: dict[str, Any]) -> None:
-    """Every method against retraining, one row a method."""
-    title = f"Against retraining on {result['subsets']} subsets, {result['repeats']} of them with two seeds"
-    metrics = {(m["method"], m["metric"], m["queries"]): m for m in result["metrics"]}
-    groups = [group for group in ("all", "gold", "control") if any(key[1:] == ("lds", group) for key in metrics)]
-    columns = [("lds", group, f"LDS\n{group}") for group in groups]
-    columns += [("mrr", "gold", "MRR"), ("recall_at_10", "gold", "gold in\ntop 10")]
-    columns += [("tail_patch", "all", "a step on\nthe top 10"), ("left_out", "gold", "without\nthe top")]
-    table = Table("method", *(head for _, _, head in columns), title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.columns[0].min_width = len("multi-stage,")
-    for method in dict.fromkeys(m["method"] for m in result["metrics"]):
-        cells = []
-        for metric, group, _ in columns:
-            found = metrics.get((method, metric, group)) or metrics.get((method, metric, "all"))
-            error = "" if found is None or found["error"] is None else f" ±{found['error']:.2f}"
-            cells.append("–" if found is None else f"{found['value']:.2f}{error}")
-        table.add_row(method, *cells)
-    console.print(table)
-    console.print(f"Stored: {result['folder']}")
-    console.print(f"Plot:   {result['folder']}/lds.png")
-
-
-def print_comparison(result: dict[str, Any]) -> None:
-    """Fact tracing and tail-patch, one row a method."""
-    title = f"{result['queries']} questions with a known source document"
-    table = Table(
-        "method", "MRR", "gold in top 10", "loss change after a step on the top 10", "against random", title=title
-    )
-    for row in result["methods"]:
-        traced = ["–", "–"] if row["mrr"] is None else [f"{row['mrr']:.2f}", f"{row['recall_at_10']:.2f}"]
-        changes = [
-            "–" if row[name] is None else f"{row[name]:+.3f} ± {row[f'{name}_error']:.3f}"
-            for name in ("loss_change", "against_random")
-        ]
-        table.add_row(row["method"], *traced, *changes)
-    console.print(table)
-    if result["no_tail_patch"]:
-        console.print(f"No training step: {result['no_tail_patch']}")

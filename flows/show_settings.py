@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-import annotated_types
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from msif_core.config import Config, Settings
+from msif_core.config import Config, Settings, models_in
 
 HEAD = """# Settings
 
@@ -15,8 +15,7 @@ A configuration is one YAML file; only `workspace` and `stages` are required. An
 start at the folder that msif is called from. This page is what `msif settings` prints.
 """
 KINDS = {str: "text", int: "whole number", float: "number", bool: "true or false"}
-BOUNDS = {annotated_types.Ge: ("ge", "≥"), annotated_types.Gt: ("gt", ">"), annotated_types.Le: ("le", "≤"),
-          annotated_types.Lt: ("lt", "<")}  # fmt: skip
+BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
 def markdown() -> str:
@@ -24,28 +23,20 @@ def markdown() -> str:
     return "\n".join([HEAD, *(table(path, model) for path, model in sections("", Config))])
 
 
-def sections(path: str, model: type[Settings]) -> Iterator[tuple[str, type[Settings]]]:
+def sections(path: str, model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
     """A model and those inside it, with the keys that lead there."""
     yield path, model
     for name, field in model.model_fields.items():
-        for inner in settings_in(field.annotation):
+        for inner in dict.fromkeys(models_in(field.annotation)):
             yield from sections(f"{path}.{name}".lstrip("."), inner)
 
 
-def settings_in(annotation: Any) -> list[type[Settings]]:
-    """The models of settings that a type names."""
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
-        return [annotation]
-    found = [inner for part in get_args(annotation) for inner in settings_in(part)]
-    return list(dict.fromkeys(found))
-
-
-def table(path: str, model: type[Settings]) -> str:
+def table(path: str, model: type[BaseModel]) -> str:
     """One model's keys: value, default and meaning."""
     title = f"`{path}`" if path else "The file"
     rows = ["| key | value | default | |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
-        inner = settings_in(field.annotation)
+        inner = list(models_in(field.annotation))
         meaning = field.description or (inner[0].__doc__ or "" if inner else "")
         rows.append(f"| `{name}` | {value_of(f'{path}.{name}'.lstrip('.'), field)} | {default_of(field)} | {meaning} |")
     return f"## {title}\n\n{(model.__doc__ or '').strip()}\n\n" + "\n".join(rows) + "\n"
@@ -53,9 +44,9 @@ def table(path: str, model: type[Settings]) -> str:
 
 def value_of(path: str, field: FieldInfo) -> str:
     """What may stand there."""
-    inner = settings_in(field.annotation)
+    inner = any(models_in(field.annotation))
     limits = [f"{sign} {getattr(limit, name):g}" for limit in field.metadata
-              for kind, (name, sign) in BOUNDS.items() if isinstance(limit, kind)]  # fmt: skip
+              for name, sign in BOUNDS.items() if hasattr(limit, name)]  # fmt: skip
     words = " or ".join(dict.fromkeys(kinds(field.annotation)))
     return " ".join([", ".join(filter(None, [words, f"see `{path}`" if inner else ""])), ", ".join(limits)]).strip()
 
@@ -68,7 +59,7 @@ def kinds(annotation: Any) -> list[str]:
         return [word for part in get_args(annotation) if part is not NoneType for word in kinds(part)]
     if get_origin(annotation) in (list, tuple):
         return ["a list"]
-    if settings_in(annotation):
+    if any(models_in(annotation)):
         return []
     return [KINDS.get(annotation, "path")]
 

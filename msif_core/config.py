@@ -365,12 +365,13 @@ def _model_at(location: Sequence[str | int]) -> type[BaseModel]:
     model: type[BaseModel] = Config
     for step in location:
         if step in model.model_fields:
-            model = next(_models_in(model.model_fields[str(step)].annotation))
+            model = next(models_in(model.model_fields[str(step)].annotation))
     return model
 
 
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that a type names."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in get_args(annotation):
-        yield from _models_in(part)
+        yield from models_in(part)

@@ -14,7 +14,20 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from msif_core import answering, catalog, corpus, directions, drift, generations, index, records, reuse, sketch, storage
+from msif_core import (
+    answering,
+    catalog,
+    corpus,
+    dealing,
+    directions,
+    drift,
+    generations,
+    index,
+    records,
+    reuse,
+    sketch,
+    storage,
+)
 from msif_core.attribution import Attribution
 from msif_core.batching import Sequences
 from msif_core.errors import InputError
@@ -143,7 +156,7 @@ class Pipeline(Stages):
         found: list[Path] = []
         if published is not None and published["settings"]["attribute_to"] == self.target:
             folder, entries = corpus.shard_entries(self.workspace.root / published["corpora"][self.target])
-            related = corpus.related_shards(shard, count, len(entries))
+            related = dealing.related_shards(shard, count, len(entries))
             found = [folder / entries[number]["sequences"] for number in related]
         others = sorted(now.parent.glob(f"shard-{shard:05d}-*.parquet"))
         for path in dict.fromkeys([*found, *others]):

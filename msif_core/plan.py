@@ -16,8 +16,8 @@ from torch import nn
 
 from msif_core import footprint, probe, records, storage
 from msif_core.config import Config, HubDataset, Stage
-from msif_core.corpus import shard_count
 from msif_core.curvature.fit import partitions, statistics
+from msif_core.dealing import shard_count
 from msif_core.devices import Rates, rates
 from msif_core.errors import InputError
 from msif_core.index import cells, kind_for

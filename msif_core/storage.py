@@ -164,13 +164,13 @@ def lock_of(path: Path) -> Path:
 
 def is_held(lock: Path) -> bool:
     """Whether somebody holds that lock now."""
-    if not lock.exists():
-        return False
-    with open(lock, "rb") as handle:
-        try:
+    try:
+        with open(lock, "rb") as handle:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
     return False
 
 

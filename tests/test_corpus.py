@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from msif_core import corpus, encoding, storage
+from msif_core import corpus, dealing, encoding, storage
 from msif_core.batching import IGNORED
 from msif_core.config import CorpusSettings, HubDataset
 from msif_core.errors import InputError
@@ -120,7 +120,7 @@ def test_shards_hold_the_contract_s_columns(tmp_path: Path, tokenizer: Any):
         table = pq.read_table(tmp_path / "c" / entry["sequences"])
         assert table.schema.equals(corpus.SEQUENCES)
         assert table["sequence_id"].to_pylist() == [number << 40 | row for row in range(len(table))]
-        assert {corpus.shard_of(name, 4) for name in table["document_id"].to_pylist()} == {number}
+        assert {dealing.shard_of(name, 4) for name in table["document_id"].to_pylist()} == {number}
     docs = corpus.read_documents(tmp_path / "c")
     assert docs.schema.equals(corpus.DOCUMENTS)
     row = docs.to_pylist()[0]
@@ -143,7 +143,7 @@ def test_the_order_of_the_source_does_not_matter(tmp_path: Path, tokenizer: Any)
 def test_records_are_dealt_out_in_small_portions_too(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
     path = write_jsonl(tmp_path / "a.jsonl", documents(30))
     one = build(path, tmp_path / "a", tokenizer, shard_sequences=8)
-    monkeypatch.setattr(corpus, "HELD_BYTES", 100)
+    monkeypatch.setattr(dealing, "HELD_BYTES", 100)
     assert build(path, tmp_path / "b", tokenizer, shard_sequences=8)["fingerprint"] == one["fingerprint"]
 
 
@@ -165,7 +165,7 @@ def test_jsonl_parquet_and_datasets_give_the_same_shards(tmp_path: Path, tokeniz
 
 def encodings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ids of the documents that are encoded from now on, beside the first ones that size the shards."""
-    monkeypatch.setattr(corpus, "SIZED_BY", 1)
+    monkeypatch.setattr(dealing, "SIZED_BY", 1)
     seen: list[str] = []
 
     def counted(record: Any, *rest: Any) -> Any:
@@ -197,7 +197,7 @@ def test_a_changed_document_changes_its_shard_alone(tmp_path: Path, tokenizer: A
     version = corpus.version_path(tmp_path / "c", first)
     seen = encodings(monkeypatch)
     second = build(write_jsonl(tmp_path / "a.jsonl", found), tmp_path / "c", tokenizer, shard_sequences=10)
-    assert set(seen[1:]) == {f"d{i}" for i in range(40) if corpus.shard_of(f"d{i}", 4) == corpus.shard_of("d3", 4)}
+    assert set(seen[1:]) == {f"d{i}" for i in range(40) if dealing.shard_of(f"d{i}", 4) == dealing.shard_of("d3", 4)}
     assert read_all(tmp_path / "c")["d3"] != before["d3"]
     old = corpus.sequences_of_documents(version, ["d3"])
     assert [ids.tolist() for ids in old.input_ids] == before["d3"], "the version before is as it was"
@@ -217,14 +217,14 @@ def test_a_growing_corpus_keeps_its_number_of_shards(tmp_path: Path, tokenizer: 
     (1600, 8, 8), (1601, 8, 16), (400, 8, 8), (399, 8, 4), (100, 8, 1), (900, 9, 9), (1900, 9, 16),
 ])  # fmt: skip
 def test_shards_are_a_power_of_two_that_doubles_and_halves(windows: float, kept: int | None, shards: int):
-    assert corpus.shard_count(windows, 100, kept) == shards
+    assert dealing.shard_count(windows, 100, kept) == shards
 
 
 @pytest.mark.parametrize(("now", "before", "read"), [(4, 4, 1), (8, 2, 1), (2, 8, 4), (8, 6, 3), (4, 9, 9)])
 def test_documents_are_found_in_few_shards_of_another_number(now: int, before: int, read: int):
     for name in (f"d{i}" for i in range(200)):
-        related = corpus.related_shards(corpus.shard_of(name, now), now, before)
-        assert corpus.shard_of(name, before) in related
+        related = dealing.related_shards(dealing.shard_of(name, now), now, before)
+        assert dealing.shard_of(name, before) in related
         assert len(related) == read
 
 

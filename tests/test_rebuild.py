@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from msif_core import corpus, index, storage
+from msif_core import corpus, dealing, index, storage
 from msif_core.batching import Sequences
 from msif_core.pipeline import Pipeline
 from msif_core.sketch import Sketcher
@@ -42,7 +42,7 @@ def test_only_new_and_changed_sequences_are_sketched(project: Path, sketched: li
     rewrite(project, 46, d04="heron: something else.", new="fern: a thing.", again=str(documents()[7]["text"]))
     second = manifest(pipeline.run())
     # `again` has the text of d07: where both share a shard, it is known.
-    known = corpus.shard_of("again", 2) == corpus.shard_of("d07", 2)
+    known = dealing.shard_of("again", 2) == dealing.shard_of("d07", 2)
     assert sorted(sketched) == sorted(["d04", "new", *([] if known else ["again"])])
     assert second["changes"] == {
         "documents": {"added": 2, "changed": 1, "removed": 2},
@@ -139,7 +139,7 @@ def test_codes_of_another_trained_index_are_not_copied(project: Path) -> None:
     pipeline.run()
     trained = pipeline.codes_folder() / "trained.faiss"
     before = trained.read_bytes()
-    first = [str(row["id"]) for row in documents() if corpus.shard_of(str(row["id"]), 2) == 0]
+    first = [str(row["id"]) for row in documents() if dealing.shard_of(str(row["id"]), 2) == 0]
     rewrite(project, **{first[0]: "sage: something else."})
     trained.write_bytes(b"damaged")
     built = manifest(pipeline.run())
@@ -163,7 +163,7 @@ def test_a_broken_gradient_stays_quarantined(project: Path, monkeypatch: pytest.
         rows = column(pipeline, "select document_id from quarantine", "document_id")
         assert rows == ["d10"], f"build {step}: once, whatever lies about from builds before"
         same = next(
-            f"d{i:02d}" for i in range(48) if i != 10 and corpus.shard_of(f"d{i:02d}", 2) == corpus.shard_of("d10", 2)
+            f"d{i:02d}" for i in range(48) if i != 10 and dealing.shard_of(f"d{i:02d}", 2) == dealing.shard_of("d10", 2)
         )
         rewrite(project, **{same: "sage: something else."})
 

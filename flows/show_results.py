@@ -1,0 +1,93 @@
+"""What a command made, on the terminal: answers, builds, and comparisons of methods."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from flows.changes import what_changed
+from msif_core import storage
+from msif_core.attribution import Attribution
+from msif_core.config import Config
+from msif_core.generations import withheld
+from msif_core.report.page import on_one_line
+from msif_core.workspace import Workspace
+
+
+def print_attribution(folder: Path, console: Console, top: int) -> None:
+    """A ranked table for each query."""
+    attribution = Attribution.open(folder)
+    texts = attribution.documents
+    rows = attribution.table.to_pylist()
+    for query in attribution.queries.to_pylist():
+        title = f"{on_one_line(query['prompt']) or query['query_id']}  →  {query['completion']}"
+        table = Table("rank", "score", "pct", "document", "text", title=escape(title))
+        for row in rows:
+            if row["query_id"] == query["query_id"] and row["side"] == "proponent" and row["rank"] <= top:
+                text = texts[row["document_id"]].text
+                shown = (f"{row['score']:.4g}", f"{row['percentile']:.1f}", row["document_id"], text[:70])
+                table.add_row(str(row["rank"]), *map(escape, shown))
+        console.print(table)
+    console.print(f"Stored: {escape(str(folder))}")
+    console.print(f"Page:   {escape(str(folder / 'page.html'))}")
+
+
+def print_change(config: Config, before: dict[str, Any] | None, built: Path, console: Console) -> None:
+    """What a build did, and why."""
+    change = what_changed(before, storage.read_json(built / "manifest.json"), withheld(built, config.index))
+    console.print(change[0].upper() + change[1:])
+
+
+def print_recall(config: Config, console: Console) -> None:
+    """Measured recall of the published generation."""
+    manifest = storage.read_json(Workspace(config.workspace.resolve()).current_generation() / "manifest.json")
+    recall = manifest["recall"]
+    if recall:
+        shares = ", ".join(f"{float(s):.1%}: {v:.2f}" for s, v in recall["recall_at_10"].items())
+        console.print(
+            f"Recall@10 of the exact top ten by share re-scored ({recall['queries']} held-out queries, "
+            f"{recall['sequences']:,} sequences, {recall['bytes_per_sequence']:.0f} bytes each): {shares}"
+        )
+
+
+def print_retraining(result: dict[str, Any], console: Console) -> None:
+    """Every method against retraining, one row a method."""
+    title = f"Against retraining on {result['subsets']} subsets, {result['repeats']} of them with two seeds"
+    metrics = {(m["method"], m["metric"], m["queries"]): m for m in result["metrics"]}
+    groups = [group for group in ("all", "gold", "control") if any(key[1:] == ("lds", group) for key in metrics)]
+    columns = [("lds", group, f"LDS\n{group}") for group in groups]
+    columns += [("mrr", "gold", "MRR"), ("recall_at_10", "gold", "gold in\ntop 10")]
+    columns += [("tail_patch", "all", "a step on\nthe top 10"), ("left_out", "gold", "without\nthe top")]
+    table = Table("method", *(head for _, _, head in columns), title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.columns[0].min_width = len("multi-stage,")
+    for method in dict.fromkeys(m["method"] for m in result["metrics"]):
+        cells = []
+        for metric, group, _ in columns:
+            found = metrics.get((method, metric, group)) or metrics.get((method, metric, "all"))
+            error = "" if found is None or found["error"] is None else f" ±{found['error']:.2f}"
+            cells.append("–" if found is None else f"{found['value']:.2f}{error}")
+        table.add_row(method, *cells)
+    console.print(table)
+    console.print(f"Stored: {result['folder']}")
+    console.print(f"Plot:   {result['folder']}/lds.png")
+
+
+def print_comparison(result: dict[str, Any], console: Console) -> None:
+    """Fact tracing and tail-patch, one row a method."""
+    title = f"{result['queries']} questions with a known source document"
+    table = Table(
+        "method", "MRR", "gold in top 10", "loss change after a step on the top 10", "against random", title=title
+    )
+    for row in result["methods"]:
+        traced = ["–", "–"] if row["mrr"] is None else [f"{row['mrr']:.2f}", f"{row['recall_at_10']:.2f}"]
+        changes = [
+            "–" if row[name] is None else f"{row[name]:+.3f} ± {row[f'{name}_error']:.3f}"
+            for name in ("loss_change", "against_random")
+        ]
+        table.add_row(row["method"], *traced, *changes)
+    console.print(table)
+    if result["no_tail_patch"]:
+        console.print(f"No training step: {result['no_tail_patch']}")
