@@ -232,10 +232,11 @@ def main() -> None:
     parser.add_argument("--train", type=int, help="sequences that are fitted, scored and indexed")
     parser.add_argument("--queries", type=int)
     parser.add_argument("--tokens", type=int, help="of a sequence")
+    parser.add_argument("--batch", type=int, help="sequences of a batch; the plain loop takes one whatever this says")
     parser.add_argument("--device", default="cpu", help="of every side but bergson, which takes what it finds")
     options = parser.parse_args()
     setting = QUICK if options.quick else replace(FULL, size=inputs.SIZES[options.size])
-    changes = {key: value for key in ("train", "queries") if (value := getattr(options, key))}
+    changes = {key: value for key in ("train", "queries", "batch") if (value := getattr(options, key))}
     setting = replace(setting, **changes)
     if options.tokens:
         setting = replace(setting, size=replace(setting.size, tokens=options.tokens))
