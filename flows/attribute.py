@@ -19,7 +19,7 @@ from flows.parameters import (
 )
 from msif_core.config import Config, Query
 from msif_core.errors import InputError
-from tasks import attribution, publish
+from tasks import attribution, publish, turns
 
 
 def run_name() -> str:
@@ -47,7 +47,9 @@ def attribute(
     """
     typed = [Query(id="typed", prompt=prompt, completion=completion or None, contrast=contrast or None)] * bool(prompt)
     settings = with_retrieval(config, top_k, candidates)
-    run = attribution.answer(settings, gather([*typed, *queries], queries_file), settings.retrieval.top_k)
+    asked = gather([*typed, *queries], queries_file)
+    with turns.ahead(config):
+        run = attribution.answer(settings, asked, settings.retrieval.top_k)
     attribution.write_page(run)
     publish.publish_catalog(config)
     return run

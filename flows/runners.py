@@ -1,4 +1,4 @@
-"""Who builds the shards: this process's threads, runs on a work pool that help, or a Ray cluster.
+"""Who builds the shards: this process, runs on a work pool that help, or a Ray cluster.
 
 Whoever builds, a shard's file is written once, by the holder of its lock, and read from the file system by all: the
 result has the same bits, and a worker that dies frees what it held.
@@ -10,19 +10,21 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 from uuid import UUID
 
-from prefect import get_run_logger, unmapped
+from prefect import get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
+from prefect.futures import PrefectFuture
 from prefect.states import Cancelled
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from msif_core.config import Config
 from msif_core.errors import InputError
-from tasks import progress
+from tasks import progress, turns
 
 
 def task_runner(config: Config) -> Any:
@@ -32,7 +34,7 @@ def task_runner(config: Config) -> Any:
         InputError: Ray is asked for and not installed.
     """
     if config.runner.kind != "ray":
-        return ThreadPoolTaskRunner(max_workers=config.compute.workers)
+        return ThreadPoolTaskRunner(max_workers=1)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         from prefect_ray import RayTaskRunner
@@ -58,19 +60,23 @@ def resources(config: Config) -> AbstractContextManager[Any]:
 
 
 def share(config: Config, name: str, step: Any, *arguments: Any, parts: Sequence[int]) -> None:
-    """Map a step over parts, in an order of this process's own where others help, so that they seldom meet.
+    """Run a step for every part, in an order of this process's own where others help, so that they seldom meet.
 
     Parts that another process is at come last: they are waited for when no free one is left.
     """
     order = list(parts)
     if config.runner.kind == "pool":
         random.Random(f"{os.uname().nodename} {os.getpid()}").shuffle(order)
-    common = [unmapped(argument) for argument in (config, *arguments)]
+    at_once = model_tasks(config) if config.runner.kind == "ray" else 1
+
+    def submit(part: int, wait: bool = False) -> PrefectFuture[Any]:
+        turns.give_way(config)
+        return step.submit(config, *arguments, part, wait=wait)
+
     with resources(config):
-        found = progress.gather(name, step.map(*common, order, wait=unmapped(False)))
+        found = progress.gather(name, submit, order, at_once)
         held = [part for part, built in zip(order, found, strict=True) if built is None]
-        if held:
-            progress.gather(name, step.map(*common, held, wait=unmapped(True)))
+        progress.gather(name, partial(submit, wait=True), held, at_once)
 
 
 @contextmanager

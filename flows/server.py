@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
@@ -27,14 +29,15 @@ from tasks import ACCELERATOR
 
 START_TIMEOUT = 180.0
 DRAIN_TIMEOUT = 10.0
+STOP_TIMEOUT = 5.0
 
 
 @contextmanager
 def server(workspace: Path, keep: bool = False) -> Iterator[str]:
     """Yield the API's address; flows that start inside run against it.
 
-    A configured server (PREFECT_API_URL) is used as it is. Otherwise the workspace's own is reused if it
-    answers, or started; what was started here is stopped at the end unless `keep`.
+    A configured server (PREFECT_API_URL) is used as it is. Otherwise the workspace's own is used if it answers, or
+    started. Whoever is the last to leave stops it, unless one of its users wanted to `keep` it.
 
     Raises:
         InputError: the configured server does not answer, or the local one does not come up; names its log.
@@ -47,35 +50,45 @@ def server(workspace: Path, keep: bool = False) -> Iterator[str]:
         return
     folder = workspace.resolve() / "server"
     record = folder / "server.json"
-    url, process = _running(record), None
-    if url is None:
-        url, process = _start(folder, record)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "users", "ab") as users:
+        fcntl.flock(users, fcntl.LOCK_SH)
+        with storage.locked(record):
+            running = _running(record) or _start(folder)
+            storage.write_json(record, running | {"keep": keep or running.get("keep", False)})
+        try:
+            with temporary_settings({PREFECT_API_URL: running["url"], PREFECT_HOME: folder}):
+                try:
+                    yield running["url"]
+                finally:
+                    _drain()
+        finally:
+            if _is_last(users):
+                _stop(record)
+
+
+def _is_last(users: BinaryIO) -> bool:
+    """Whether nobody else uses the server; nobody begins to, then, before `users` is closed."""
     try:
-        with temporary_settings({PREFECT_API_URL: url, PREFECT_HOME: folder}):
-            try:
-                yield url
-            finally:
-                _drain()
-    finally:
-        if process is not None and not keep:
-            _stop(process)
-            record.unlink(missing_ok=True)
+        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
-def _running(record: Path) -> str | None:
-    """Address of the workspace's server if it still answers."""
+def _running(record: Path) -> dict[str, Any] | None:
+    """The workspace's server if it still answers: url, pid, and whether it is to be kept."""
     if not record.exists():
         return None
-    url = str(storage.read_json(record)["url"])
-    return url if _healthy(url) else None
+    found: dict[str, Any] = storage.read_json(record)
+    return found if _healthy(found["url"]) else None
 
 
-def _start(folder: Path, record: Path) -> tuple[str, subprocess.Popen[bytes]]:
+def _start(folder: Path) -> dict[str, Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}/api"
-    folder.mkdir(parents=True, exist_ok=True)
     log = folder / "server.log"
     with open(log, "ab") as output:
         process = subprocess.Popen(
@@ -88,11 +101,18 @@ def _start(folder: Path, record: Path) -> tuple[str, subprocess.Popen[bytes]]:
     deadline = time.monotonic() + START_TIMEOUT
     while not _healthy(url):
         if process.poll() is not None or time.monotonic() > deadline:
-            _stop(process)
+            _end(process.pid)
             raise InputError(f"the local Prefect server did not start; see {log}")
         time.sleep(0.3)
-    storage.write_json(record, {"url": url, "pid": process.pid})
-    return url, process
+    return {"url": url, "pid": process.pid}
+
+
+def _stop(record: Path) -> None:
+    """Stop the workspace's server, unless it is to be kept or no longer answers."""
+    running = _running(record)
+    if running is not None and not running["keep"]:
+        _end(running["pid"])
+        record.unlink(missing_ok=True)
 
 
 def _healthy(url: str) -> bool:
@@ -120,16 +140,26 @@ def _drain() -> None:
     EventsWorker.drain_all(timeout=DRAIN_TIMEOUT, at_exit=False)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _end(pid: int) -> None:
     """End the server and its children: a polite signal first, then a hard one."""
-    for signum, seconds in ((signal.SIGINT, 5), (signal.SIGTERM, 5), (signal.SIGKILL, 5)):
-        if process.poll() is not None:
-            return
-        os.killpg(process.pid, signum)
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            continue
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signum)
+        deadline = time.monotonic() + STOP_TIMEOUT
+        while time.monotonic() < deadline:
+            if _has_ended(pid):
+                return
+            time.sleep(0.1)
+
+
+def _has_ended(pid: int) -> bool:
+    with suppress(ChildProcessError):  # another process's child: its parent takes note of the end
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
 
 
 def limit_accelerator(limit: int) -> None:

@@ -6,7 +6,6 @@ result would claim that a file exists that somebody has deleted.
 """
 
 from contextlib import nullcontext
-from threading import Lock
 from typing import Any
 
 from msif_core import storage
@@ -18,27 +17,21 @@ ACCELERATOR = "accelerator"
 """Tag of the tasks that run a model; the server limits how many run at a time."""
 
 
-MODEL = Lock()
-"""Held by a task while it runs a model: threads of one process would load it twice and then wait for each other's
-passes. Shards run side by side in separate processes."""
-
-
 def run_step(config: Config, step: str, *arguments: str | int, wait: bool = True) -> Any:
     """Run a step of the pipeline, here or in the processes that share a large model; returns its path or paths.
 
     Without `wait`, None where another process is at it.
     """
-    with MODEL:
-        if config.compute.ranks > 1:
-            from msif_core import sharded
+    if config.compute.ranks > 1:
+        from msif_core import sharded
 
-            if step in sharded.STEPS:
-                return sharded.run_step(config, step, *arguments)
-        try:
-            with nullcontext() if wait else storage.passing_by():
-                return getattr(Pipeline(config), step)(*arguments)
-        except storage.BusyError:
-            return None
+        if step in sharded.STEPS:
+            return sharded.run_step(config, step, *arguments)
+    try:
+        with nullcontext() if wait else storage.passing_by():
+            return getattr(Pipeline(config), step)(*arguments)
+    except storage.BusyError:
+        return None
 
 
 def worth_retrying(_task: Any, _run: Any, state: Any) -> bool:

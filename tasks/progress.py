@@ -2,19 +2,20 @@
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.futures import PrefectFutureList, as_completed
+from prefect.futures import PrefectFuture, as_completed
 
 from msif_core.stages import Progress
 
 EVERY = 2.0
 """Seconds between two updates of an artifact: each is a call to the server."""
 
+P = TypeVar("P")
 T = TypeVar("T")
 
 
@@ -55,16 +56,27 @@ def step(name: str) -> Callable[[int, int], None]:
     return report
 
 
-def gather(name: str, futures: PrefectFutureList[T]) -> list[T]:
-    """Results of mapped task runs, in order; the step shows how many are done, and the first failure ends it."""
-    if not futures:
+def gather(name: str, submit: Callable[[P], PrefectFuture[T]], parts: Sequence[P], at_once: int = 1) -> list[T]:
+    """Results of a task run for each part, in order; so many are submitted at a time, and the first failure ends it."""
+    if not parts:
         return []
     report = step(name)
-    report(0, len(futures))
-    for done, future in enumerate(as_completed(cast(list[Any], futures)), 1):
-        future.result()
-        report(done, len(futures))
-    return [future.result() for future in futures]
+    report(0, len(parts))
+    running: dict[PrefectFuture[T], int] = {}
+    results: dict[int, T] = {}
+
+    def finish_one() -> None:
+        future = next(as_completed(list(running)))
+        results[running.pop(future)] = future.result()
+        report(len(results), len(parts))
+
+    for number, part in enumerate(parts):
+        if len(running) == at_once:
+            finish_one()
+        running[submit(part)] = number
+    while running:
+        finish_one()
+    return [results[number] for number in range(len(parts))]
 
 
 @contextmanager

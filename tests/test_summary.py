@@ -114,9 +114,7 @@ def test_the_terminal_hears_warnings_and_no_mistake_twice() -> None:
     assert not re.search("noise|mistake", output.getvalue())
 
 
-def test_gather_shows_every_result_and_stops_at_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    from prefect.futures import PrefectFutureList
-
+def test_gather_keeps_the_order_shows_every_result_and_stops_at_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     class Future:
         def __init__(self, value: int) -> None:
             self.value = value
@@ -126,12 +124,19 @@ def test_gather_shows_every_result_and_stops_at_a_failure(monkeypatch: pytest.Mo
                 raise InputError("a bad shard")
             return self.value
 
+    submitted: list[int] = []
+
+    def submit(part: int) -> Any:
+        submitted.append(part)
+        return Future(part)
+
     seen: list[tuple[int, int]] = []
     monkeypatch.setattr(progress, "step", lambda name: lambda done, total: seen.append((done, total)))
-    monkeypatch.setattr(progress, "as_completed", iter)
-    futures: Any = PrefectFutureList([Future(3), Future(4)])
-    assert progress.gather("x", futures) == [3, 4]
-    assert seen == [(0, 2), (1, 2), (2, 2)]
+    monkeypatch.setattr(progress, "as_completed", lambda futures: iter(sorted(futures, key=lambda f: -f.value)))
+    assert progress.gather("x", submit, [3, 5, 4], at_once=2) == [3, 5, 4]
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    submitted.clear()
     with pytest.raises(InputError, match="a bad shard"):
-        progress.gather("x", PrefectFutureList([Future(1), Future(-1)]))  # type: ignore[list-item]
-    assert progress.gather("x", PrefectFutureList([])) == []
+        progress.gather("x", submit, [1, -1, 2])
+    assert submitted == [1, -1]  # nothing is begun after the failure
+    assert progress.gather("x", submit, []) == []
