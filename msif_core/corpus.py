@@ -49,8 +49,9 @@ def tokenize(
     max_length: int,
     settings: CorpusSettings,
     task: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
-    """Write `documents` as shards below `folder`; returns the newest manifest's path.
+    """Write `documents` as shards below `folder`, telling `progress` of each; returns the newest manifest's path.
 
     The source is streamed once. A shard whose documents are as before is not encoded again, one whose file is
     damaged or lost is. Older versions stay readable (`msif prune` removes them).
@@ -64,12 +65,15 @@ def tokenize(
     skipped = records.Skipped()
 
     def windows(record: records.Record) -> int:
-        return len(encode(record, tokenizer, max_length, task))
+        return len(encode([record], tokenizer, max_length, task)[0])
 
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".tmp-raw-", dir=folder) as raw:
         found = partition(documents, Path(raw), settings, skipped, previous, windows)
-        shards = [tokenize_shard(part, folder, n, tokenizer, max_length, task, recipe) for n, part in enumerate(found)]
+        shards = []
+        for number, part in enumerate(found):
+            progress(number, len(found))
+            shards.append(tokenize_shard(part, folder, number, tokenizer, max_length, task, recipe))
     if not any(shard["n_sequences"] for shard in shards):
         raise InputError(f"{documents}: no document in it has a token to predict")
     manifest = {
@@ -123,9 +127,8 @@ def tokenize_shard(
     rows: dict[str, list[Any]] = {name: [] for name in SEQUENCES.names}
     docs: dict[str, list[Any]] = {name: [] for name in DOCUMENTS.names}
     bad: dict[str, list[Any]] = {name: [] for name in QUARANTINE.names}
-    for line in lines:
-        record = json.loads(line)
-        windows = encode(record, tokenizer, max_length, task)
+    found = [json.loads(line) for line in lines]
+    for line, record, windows in zip(lines, found, encode(found, tokenizer, max_length, task), strict=True):
         if not windows:
             _append(bad, (record["id"], "no token has a target: one token at most, or no label"))
         for window, (ids, labels) in enumerate(windows):
@@ -296,7 +299,7 @@ def encode_list(
     found: Sequence[records.Record], tokenizer: Any, max_length: int, task: str
 ) -> tuple[Sequences, npt.NDArray[np.int64]]:
     """Records as sequences, and for each sequence the row of its record."""
-    windows = [(row, pair) for row, record in enumerate(found) for pair in encode(record, tokenizer, max_length, task)]
+    windows = [(row, pair) for row, own in enumerate(encode(found, tokenizer, max_length, task)) for pair in own]
     ids = [np.asarray(pair[0], np.int32) for _, pair in windows]
     labels = [np.asarray(pair[1], np.int32) for _, pair in windows]
     sequences = Sequences(

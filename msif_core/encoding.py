@@ -3,43 +3,59 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from msif_core import records, storage
 from msif_core.batching import IGNORED
 from msif_core.errors import InputError
 
+Window = tuple[list[int], list[int]]
+"""input_ids, and labels aligned with them."""
 
-def encode(record: records.Record, tokenizer: Any, max_length: int, task: str) -> list[tuple[list[int], list[int]]]:
-    """A record as windows of (input_ids, labels), labels aligned with input_ids.
+
+def encode(found: Sequence[records.Record], tokenizer: Any, max_length: int, task: str) -> list[list[Window]]:
+    """Each record as windows; the tokenizer takes all texts at once, on all cores where it can.
 
     Text and given tokens are cut into windows of `max_length`; windows without a target are left out. A prompt
     with its completion is one window, the prompt's beginning cut away where both do not fit, with the loss on
     the completion and its end token. For a classification, the label stands at the first position.
 
     Raises:
-        InputError: the record needs a tokenizer and the stage has none, or lacks the label that the task needs.
+        InputError: a record needs a tokenizer and the stage has none, or lacks the label that the task needs.
     """
     if task == "classification":
-        return [_encode_classified(record, tokenizer, max_length)]
+        return [[_encode_classified(record, tokenizer, max_length)] for record in found]
+    texts = [text for record in found for text in _texts(record, tokenizer)]
+    tokens = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+    return [_windows(record, tokens, tokenizer, max_length) for record in found]
+
+
+def _texts(record: records.Record, tokenizer: Any) -> list[str]:
+    """What is to become tokens."""
+    if "input_ids" in record:
+        return []
+    _need_tokenizer(record, tokenizer)
+    return [record["prompt"], record["completion"]] if "prompt" in record else [record["text"]]
+
+
+def _windows(record: records.Record, tokens: Iterator[list[int]], tokenizer: Any, max_length: int) -> list[Window]:
+    """One record's; `tokens` come in the order of its texts."""
     if "input_ids" in record:
         ids, labels = record["input_ids"], record.get("labels") or record["input_ids"]
     elif "prompt" in record:
-        _need_tokenizer(record, tokenizer)
-        prompt = tokenizer(record["prompt"], add_special_tokens=False)["input_ids"]
-        completion = tokenizer(record["completion"], add_special_tokens=False)["input_ids"] + _end(tokenizer)
+        prompt, completion = next(tokens), next(tokens) + _end(tokenizer)
         completion = completion[: max_length - 1]
         prompt = prompt[max(0, len(prompt) + len(completion) - max_length) :]
         ids, labels = prompt + completion, [IGNORED] * len(prompt) + completion
     else:
-        _need_tokenizer(record, tokenizer)
-        ids = tokenizer(record["text"], add_special_tokens=False)["input_ids"] + _end(tokenizer)
+        ids = next(tokens) + _end(tokenizer)
         labels = list(ids)
     windows = [(ids[i : i + max_length], labels[i : i + max_length]) for i in range(0, len(ids), max_length)]
     return [window for window in windows if any(label != IGNORED for label in window[1][1:])]
 
 
-def _encode_classified(record: records.Record, tokenizer: Any, max_length: int) -> tuple[list[int], list[int]]:
+def _encode_classified(record: records.Record, tokenizer: Any, max_length: int) -> Window:
     if "input_ids" in record:
         ids, labels = record["input_ids"], record.get("labels") or [IGNORED]
         if len(ids) > max_length or labels[0] < 0:

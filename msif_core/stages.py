@@ -131,6 +131,7 @@ class Stages:
                 max_length=self.max_length(stage),
                 settings=self.config.corpus,
                 task=settings.task,
+                progress=partial(self.progress, f"tokenize {stage}"),
             )
         for shard in self.shards(stage):
             vocabulary.check_shard(shard, model, settings.task, stage)

@@ -12,5 +12,8 @@ from tasks import IO, progress
 @task(task_run_name="tokenize-{stage}", **IO)
 def tokenize(config: Config, stage: str) -> Path:
     """Write a stage's documents as shards of token sequences."""
-    with progress.whole(f"tokenize {stage}"):
-        return Pipeline(config).tokenize(stage)
+    report = progress.step(f"tokenize {stage}")
+    report(0, 1)
+    path = Pipeline(config, lambda _step, done, total: report(done, total)).tokenize(stage)
+    report(1, 1)
+    return path
