@@ -81,7 +81,7 @@ def _running(record: Path) -> dict[str, Any] | None:
     if not record.exists():
         return None
     found: dict[str, Any] = storage.read_json(record)
-    return found if _healthy(found["url"]) else None
+    return found if _healthy(found["url"], seconds=10) else None  # one that is busy answers late
 
 
 def _start(folder: Path) -> dict[str, Any]:
@@ -115,9 +115,9 @@ def _stop(record: Path) -> None:
         record.unlink(missing_ok=True)
 
 
-def _healthy(url: str) -> bool:
+def _healthy(url: str, seconds: float = 2) -> bool:
     try:
-        with urlopen(f"{url}/health", timeout=2) as answer:
+        with urlopen(f"{url}/health", timeout=seconds) as answer:
             return bool(answer.status == 200)
     except (URLError, OSError):
         return False
