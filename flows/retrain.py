@@ -5,17 +5,14 @@ from typing import Any
 
 from prefect import flow
 from prefect.futures import PrefectFuture
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from msif_core.config import Config
 from msif_core.evaluation.judgement import left_out_runs, read_scores
 from msif_core.evaluation.retraining import Retraining, Run
 from tasks import progress, publish, retraining, turns
 
-RUNNER: Any = ThreadPoolTaskRunner(max_workers=1)
 
-
-@flow(name="retrain", flow_run_name="retrain {config.workspace}", task_runner=RUNNER)
+@flow(name="retrain", flow_run_name="retrain {config.workspace}")
 def retrain(config: Config) -> dict[str, Any]:
     """Train every stage on random subsets, score the pool, leave top documents out. Finished trainings are kept.
 
