@@ -193,6 +193,36 @@ def test_two_workers_build_what_the_library_builds(config: Path, url: str, msif:
     assert built[0] == built[1]
 
 
+def test_retraining_keeps_its_trainings_and_goes_on(config: Path, url: str, msif: Msif, tmp_path: Path) -> None:
+    size = {"vocabulary": 300, "hidden": 8, "layers": 1, "heads": 1}
+    settings = json.loads(config.read_text()) | {
+        "workspace": str(tmp_path / "workspace"),
+        "retraining": size | {"pool": 12, "subsets": 3, "repeats": 2, "left_out": 3, "left_out_queries": 2},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(settings))
+    first = msif("evaluate", path, "--retrain")
+    assert first.returncode == 0, first.stderr
+    assert "Against retraining on 3 subsets, 2 of them with two seeds" in first.stdout
+    assert "train on subsets" in first.stdout
+    assert "train without the best" in first.stdout
+
+    (folder,) = (tmp_path / "workspace" / "evaluations" / "retraining").iterdir()
+    losses = sorted(folder.glob("losses-*.parquet"))
+    assert len([file for file in losses if "subset" in file.name]) == 5
+    assert any("subset" not in file.name for file in losses)
+    counted = msif("sql", path, "select count(distinct run) as n from retrained_losses")
+    assert str(len(losses)) in counted.stdout
+
+    before = {file: file.stat().st_mtime_ns for file in losses}
+    lost = pq.read_table(losses[0]).drop(["seconds"])
+    losses[0].unlink()
+    again = msif("evaluate", path, "--retrain")
+    assert again.returncode == 0, again.stderr
+    assert {file: file.stat().st_mtime_ns for file in losses[1:]} == {f: t for f, t in before.items() if f != losses[0]}
+    assert pq.read_table(losses[0]).drop(["seconds"]) == lost, "trained anew to the same bits"
+
+
 def test_a_wrong_record_is_one_message_and_no_retry(config: Path, url: str, msif: Msif, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"id": "a", "text": "fine"}\n{"id": "b", "text": \n', encoding="utf-8")
     settings = json.loads(config.read_text())
