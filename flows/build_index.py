@@ -40,8 +40,10 @@ def sketch_and_publish(config: Configuration) -> Path:
 
 def sketch_shards(config: Configuration) -> None:
     """What workers can share: codes of every shard, and exact scores of the held-out queries."""
-    pipeline = Pipeline(config)
     index.train_index(config)
-    share(config, "sketch", index.index_shard, parts=range(len(pipeline.shards(pipeline.target))))
-    if pipeline.held_out() is not None:
-        share(config, "exact scores", index.exact_shard, parts=pipeline.recall_shards())
+    pipeline = Pipeline(config)
+    unsketched = pipeline.unsketched()
+    standing = len(pipeline.shards(pipeline.target)) - len(unsketched)
+    get_run_logger().info("codes of %d shards stand, %d are to be sketched", standing, len(unsketched))
+    share(config, "sketch", index.index_shard, parts=unsketched)
+    share(config, "exact scores", index.exact_shard, parts=pipeline.unscored())

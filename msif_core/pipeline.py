@@ -136,6 +136,15 @@ class Pipeline(Stages):
 
         return storage.build_once(folder / f"{source.stem}.faiss", build)
 
+    def unsketched(self) -> list[int]:
+        """Shards whose codes do not stand whole: what `index_shard` has left to do."""
+        folder = self.codes_folder()
+        return [
+            number
+            for number, source in enumerate(self.shards(self.target))
+            if not storage.is_whole(folder / f"{source.stem}.faiss")
+        ]
+
     def _earlier_codes(self, shard: int) -> Iterator[tuple[list[str], npt.NDArray[Any]]]:
         """Fingerprints and codes of earlier shards that this shard's sequences may be found in."""
         folder, trained = self.codes_folder(), self.codes_folder() / "trained.faiss"
@@ -228,6 +237,14 @@ class Pipeline(Stages):
                 np.save(handle, np.ascontiguousarray(scores.transpose(1, 2, 0)))
 
         return storage.build_once(folder / f"{source.stem}.npy", build)
+
+    def unscored(self) -> list[int]:
+        """Shards of the recall sample whose exact scores do not stand whole: what `exact_shard` has left to do."""
+        queries = self.held_out()
+        if queries is None:
+            return []
+        folder, shards = self.exact_folder(queries), self.shards(self.target)
+        return [n for n in self.recall_shards() if not storage.is_whole(folder / f"{shards[n].stem}.npy")]
 
     def _earlier_scores(self, shard: int, folder: Path) -> Iterator[tuple[list[str], npt.NDArray[Any]]]:
         """Fingerprints and exact scores [N, 2, Q] of earlier shards."""
@@ -373,8 +390,8 @@ class Pipeline(Stages):
             self.remove_sums(stage)
         now = self.as_it_stands()
         now.train_index()
-        count = len(now.shards(self.target))
-        storage.free_first(range(count), self.reporting("index_shard", now.index_shard, count))
+        left = now.unsketched()
+        storage.free_first(left, self.reporting("index_shard", now.index_shard, len(left)))
         folder = now.publish_generation()
         self.publish_catalog()
         return folder

@@ -96,6 +96,10 @@ def test_story(config: Path, url: str, msif: Msif) -> None:
     victim.write_bytes(whole[:-1] + bytes([whole[-1] ^ 255]))
     assert msif("run", config).returncode == 0
     assert victim.read_bytes() == whole, "a corrupt shard is built again, byte for byte"
+    runs = "select name, count(*) from task_run where name like 'sketch-shard-%' group by name order by name"
+    with sqlite3.connect(f"file:{workspace / 'server' / 'prefect.db'}?mode=ro", uri=True) as database:
+        expected = [("sketch-shard-00000", 1), ("sketch-shard-00001", 2)]  # a shard that stands is no task
+        wait_for(lambda: database.execute(runs).fetchall() == expected, seconds=30)
 
     answer = msif("attribute", config, "--queries", root / "queries.jsonl", "--out", root / "out.parquet")
     assert answer.returncode == 0, answer.stderr
