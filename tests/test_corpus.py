@@ -1,4 +1,4 @@
-"""Documents to shards: windows, labels, determinism, reuse, and a message for each kind of bad input."""
+"""Documents to shards: determinism, reuse, versions, quarantine."""
 
 import json
 from pathlib import Path
@@ -8,120 +8,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from msif_core import corpus, dealing, encoding, storage
-from msif_core.batching import IGNORED
-from msif_core.config import CorpusSettings, HubDataset
+from msif_core import corpus, dealing, encoding
+from msif_core.config import HubDataset
 from msif_core.errors import InputError
-
-END = 0
+from tests.words import build, documents, read_all, word_tokenizer, words, write_jsonl
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """Words to numbers: `w7` is token 7, the end token 0."""
-    vocabulary = {"<end>": END} | {f"w{i}": i for i in range(1, 50)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
-
-
-def words(count: int, start: int = 1) -> str:
-    return " ".join(f"w{1 + (start + i) % 49}" for i in range(count))
-
-
-def write_jsonl(path: Path, records: list[Any]) -> str:
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records), encoding="utf-8")
-    return str(path)
-
-
-def build(documents: Any, folder: Path, tokenizer: Any, **options: Any) -> dict[str, Any]:
-    task, length = options.pop("task", "causal_lm"), options.pop("max_length", 8)
-    settings = CorpusSettings(**options)
-    path = corpus.tokenize(documents, folder, tokenizer=tokenizer, max_length=length, settings=settings, task=task)
-    return dict(storage.read_json(path))
-
-
-def read_all(folder: Path) -> dict[str, list[list[int]]]:
-    found: dict[str, list[list[int]]] = {}
-    _, entries = corpus.shard_entries(folder)
-    for entry in entries:
-        shard = corpus.read_shard(folder / entry["sequences"])
-        for name, ids in zip(shard.document_ids, shard.input_ids, strict=True):
-            found.setdefault(name, []).append(ids.tolist())
-    return found
-
-
-# -- windows and labels -------------------------------------------------------------------------------
-
-
-def test_text_is_cut_into_windows_that_keep_document_boundaries(tokenizer: Any):
-    [windows] = encoding.encode([{"id": "a", "text": words(10)}], tokenizer, 4, "causal_lm")
-    assert [len(ids) for ids, _ in windows] == [4, 4, 3]
-    assert windows[-1][0][-1] == END
-    assert all(ids == labels for ids, labels in windows)
-
-
-def test_a_last_window_without_a_target_is_left_out(tokenizer: Any):
-    [windows] = encoding.encode([{"id": "a", "text": words(4)}], tokenizer, 4, "causal_lm")
-    assert [len(ids) for ids, _ in windows] == [4]
-
-
-def test_the_loss_is_on_the_completion_and_its_end(tokenizer: Any):
-    [[(ids, labels)]] = encoding.encode([{"id": "a", "prompt": "w1 w2", "completion": "w3"}], tokenizer, 8, "causal_lm")
-    assert ids == [1, 2, 3, END]
-    assert labels == [IGNORED, IGNORED, 3, END]
-
-
-@pytest.mark.parametrize(("prompt", "completion"), [(20, 3), (3, 20), (20, 20), (0, 5)])
-def test_a_long_prompt_loses_its_beginning_never_the_completion_s(tokenizer: Any, prompt: int, completion: int):
-    record = {"id": "a", "prompt": words(prompt), "completion": words(completion, 30)}
-    [[(ids, labels)]] = encoding.encode([record], tokenizer, 8, "causal_lm")
-    assert len(ids) == len(labels) <= 8
-    targets = [label for label in labels if label != IGNORED]
-    assert targets == tokenizer(record["completion"])["input_ids"][:7] + ([END] if completion < 7 else [])
-    assert labels[0] == IGNORED or not prompt
-
-
-def test_records_of_all_kinds_are_encoded_together_as_one_by_one(tokenizer: Any):
-    found = [
-        {"id": "a", "text": words(7)},
-        {"id": "b", "input_ids": [1, 2, 3]},
-        {"id": "c", "prompt": "w1 w2", "completion": "w3"},
-        {"id": "d", "text": "w4 w5"},
-    ]
-    together = encoding.encode(found, tokenizer, 4, "causal_lm")
-    assert together == [encoding.encode([record], tokenizer, 4, "causal_lm")[0] for record in found]
-    assert encoding.encode([], tokenizer, 4, "causal_lm") == []
-
-
-def test_given_tokens_need_no_tokenizer_and_are_cut_too():
-    record = {"id": "a", "input_ids": list(range(1, 8)), "labels": [-100, -100, 3, 4, 5, -100, -100]}
-    [windows] = encoding.encode([record], None, 3, "causal_lm")
-    assert windows == [([1, 2, 3], [-100, -100, 3]), ([4, 5, 6], [4, 5, -100])]
-    with pytest.raises(InputError, match=r"'b' is text, .* no tokenizer; give input_ids, or a model folder with"):
-        encoding.encode([{"id": "b", "text": "w1"}], None, 3, "causal_lm")
-
-
-def test_classification_puts_its_label_first(tokenizer: Any):
-    [[(ids, labels)]] = encoding.encode([{"id": "a", "text": words(9), "label": 2}], tokenizer, 4, "classification")
-    assert len(ids) == 4
-    assert labels == [2, IGNORED, IGNORED, IGNORED]
-
-
-@pytest.mark.parametrize("label", [None, "good", True, -1, 1.5])
-def test_classification_without_a_usable_label_is_an_input_error(tokenizer: Any, label: Any):
-    with pytest.raises(InputError, match="record 'a': a stage with task classification needs `text` and an integer"):
-        encoding.encode([{"id": "a", "text": "w1", "label": label}], tokenizer, 4, "classification")
-
-
-# -- shards -------------------------------------------------------------------------------------------
-
-
-def documents(count: int, length: int = 6) -> list[dict[str, Any]]:
-    return [{"id": f"d{i}", "text": words(length, i), "source": "s", "year": 1900 + i} for i in range(count)]
+    return word_tokenizer()
 
 
 def test_shards_hold_the_contract_s_columns(tmp_path: Path, tokenizer: Any):
@@ -332,88 +228,3 @@ def test_read_shard_gives_aligned_arrays(tmp_path: Path, tokenizer: Any):
     assert all(
         ids.dtype == np.int32 and len(ids) == len(t) for ids, t in zip(shard.input_ids, shard.labels, strict=True)
     )
-
-
-# -- bad input ----------------------------------------------------------------------------------------
-
-GOOD = {"id": "good", "text": "w1 w2 w3"}
-BAD = {
-    '{"id": "a", "text": ': r"bad.jsonl:2: not valid JSON .*; mend the line or set corpus.skip_bad_records",
-    "[1, 2]": r"bad.jsonl:2: not a JSON object; write one \{...\} a line",
-    '{"text": "w1"}': r"bad.jsonl:2: no id; give each record a string `id`",
-    '{"id": "a"}': r"bad.jsonl:2: neither text, nor prompt and completion, nor input_ids; give one of them",
-    '{"id": "a", "text": " "}': r"bad.jsonl:2: empty text; remove the record",
-    '{"id": "a", "prompt": "w1"}': r"bad.jsonl:2: prompt without a completion; give both as text",
-    '{"id": "a", "input_ids": [1, 2], "labels": [1]}': r"bad.jsonl:2: input_ids and labels must have the same length",
-    '{"id": "a", "input_ids": 5}': r"bad.jsonl:2: input_ids must be a list of tokens, whole numbers from 0 to 21474",
-    '{"id": "a", "input_ids": null}': r"bad.jsonl:2: input_ids must be a list of tokens",
-    '{"id": "a", "input_ids": []}': r"bad.jsonl:2: input_ids must be a list of tokens",
-    '{"id": "a", "input_ids": ["w1"]}': r"bad.jsonl:2: input_ids must be a list of tokens",
-    '{"id": "a", "input_ids": [1, -2]}': r"bad.jsonl:2: input_ids must be a list of tokens",
-    '{"id": "a", "input_ids": [1, 4294967296]}': r"bad.jsonl:2: input_ids must be a list of tokens",
-    '{"id": "a", "input_ids": [1, 2], "labels": 2}': r"bad.jsonl:2: labels must be a list of whole numbers",
-    '{"id": "a", "input_ids": [1, 2], "labels": [1, "x"]}': r"bad.jsonl:2: labels must be a list of whole numbers",
-    '{"id": "a", "input_ids": [1, 2], "labels": [1, -1]}': r"bad.jsonl:2: label -1; labels are tokens, and -100 leaves",
-    '{"id": "good", "text": "w9"}': r"bad.jsonl:2: id 'good' stands already at .*bad.jsonl:1; ids must differ",
-    '{"id": "a", "text": "w1 \\ud800"}': r"bad.jsonl.*, record 'a': a lone surrogate is no text; re-encode it",
-}
-
-
-@pytest.mark.parametrize(("line", "message"), BAD.items())
-def test_bad_records_stop_with_file_line_and_mend_or_are_counted(
-    tmp_path: Path, tokenizer: Any, line: str, message: str
-):
-    path = write_jsonl(tmp_path / "bad.jsonl", [GOOD, line])
-    with pytest.raises(InputError, match=message):
-        build(path, tmp_path / "c", tokenizer)
-    manifest = build(path, tmp_path / "c", tokenizer, skip_bad_records=True)
-    assert manifest["skipped"]["count"] == 1
-    assert sorted(read_all(tmp_path / "c")) == ["good"]
-
-
-def test_invalid_utf8_names_the_line(tmp_path: Path, tokenizer: Any):
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(json.dumps(GOOD).encode() + b'\n{"id": "a", "text": "\xff\xfe"}\n')
-    with pytest.raises(InputError, match=r"bad.jsonl:2: not UTF-8 \(.*\); re-encode the file"):
-        build(str(path), tmp_path / "c", tokenizer)
-
-
-def test_a_glob_that_matches_nothing(tmp_path: Path, tokenizer: Any):
-    with pytest.raises(InputError, match=r"none-\*.jsonl: no file matches"):
-        build(str(tmp_path / "none-*.jsonl"), tmp_path / "c", tokenizer)
-
-
-def test_a_folder_is_no_file(tmp_path: Path, tokenizer: Any):
-    (tmp_path / "texts" / "more").mkdir(parents=True)
-    write_jsonl(tmp_path / "texts" / "a.jsonl", documents(4))
-    with pytest.raises(InputError, match=r"texts: a folder; name its files, for example .*texts/\*\.jsonl"):
-        build(str(tmp_path / "texts"), tmp_path / "c", tokenizer)
-    build(str(tmp_path / "texts" / "**"), tmp_path / "c", tokenizer)
-    assert len(read_all(tmp_path / "c")) == 4
-
-
-def test_given_tokens_may_have_a_prompt_to_read(tmp_path: Path):
-    build(write_jsonl(tmp_path / "a.jsonl", [{"id": "a", "prompt": "Why?", "input_ids": [1, 2]}]), tmp_path / "c", None)
-    assert corpus.rows_of_documents(tmp_path / "c", ["a"], ["text"]) == {"a": {"document_id": "a", "text": "Why?"}}
-
-
-def test_an_empty_source(tmp_path: Path, tokenizer: Any):
-    with pytest.raises(InputError, match="no document in it"):
-        build(write_jsonl(tmp_path / "a.jsonl", []), tmp_path / "c", tokenizer)
-
-
-def test_a_corrupt_parquet_source_is_named(tmp_path: Path, tokenizer: Any):
-    path = tmp_path / "bad.parquet"
-    path.write_bytes(b"PAR1 not really")
-    with pytest.raises(InputError, match=r"bad.parquet: not a readable Parquet file"):
-        build(str(path), tmp_path / "c", tokenizer)
-
-
-def test_a_parquet_source_damaged_in_its_middle_is_named(tmp_path: Path, tokenizer: Any):
-    path = tmp_path / "bad.parquet"
-    pq.write_table(pa.Table.from_pylist(documents(500)), path, compression="zstd")
-    damaged = bytearray(path.read_bytes())
-    damaged[100:1000] = b"\x55" * 900
-    path.write_bytes(damaged)
-    with pytest.raises(InputError, match=r"bad.parquet: cannot be read \(.*\); write the damaged file again"):
-        build(str(path), tmp_path / "c", tokenizer)
