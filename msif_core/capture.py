@@ -28,21 +28,23 @@ def capture(model: Any, maps: list[TrackedMap], batch: Batch, loss: Loss, consum
 
     `consume(map, a, d)` gets a [N, T, d_in] (with a final 1 for a bias; on an accelerator then zeros up to
     `products.width(d_in)`) and d [N, T, G, b], the gradient of the summed loss with respect to the map's
-    output. Rows of `a` that no target depends on are zero: padding, and in a causal model the positions from
-    the last target on; d is zero there by itself.
+    output. Rows of `a` are zero at padding, and in a causal model at the positions from the last target on; d is zero
+    there by itself, and wherever else no target depends on the map's output.
     Maps of one input group get the same tensor `a`. Both are freed when they have been consumed. A map that reads
     one vector a sequence (a pooler, a head) has T = 1. Products within, the consumer's too, are as `model.tf32` says.
     The graph starts at the first of `maps`: what comes before is run without one, and not gone back through.
 
     Raises:
         InputError: a map is called twice in one forward, so that its gradient is not one outer product, or on
-            something else than [N, T, features] (the experts of a mixture), or does not reach the loss.
+            something else than [N, T, features] (the experts of a mixture), or does not reach the loss, or reads
+            another tensor than the maps of its input group.
     """
     counted = counted_positions(model, batch)
     inputs: dict[str, torch.Tensor] = {}
     shared: dict[str, torch.Tensor] = {}
     waiting = Counter(m.input_group for m in maps)
     called: set[str] = set()
+    read: dict[str, Any] = {}
 
     def forward_hook(tracked: TrackedMap) -> Callable[..., torch.Tensor]:
         def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
@@ -55,6 +57,12 @@ def capture(model: Any, maps: list[TrackedMap], batch: Batch, loss: Loss, consum
                 raise InputError(
                     f"{tracked.name}: reads a tensor of shape {list(args[0].shape)}, not [sequences, tokens, features] "
                     f"of {list(batch.input_ids.shape)}; leave it out of curvature.include"
+                )
+            memory = (a.data_ptr(), a.shape, a.stride())  # not the tensor, which is freed when it is consumed
+            if memory != read.setdefault(tracked.input_group, memory):
+                raise InputError(
+                    f"{tracked.name}: reads another input than the maps that it shares one with elsewhere; leave it "
+                    "out of curvature.include"
                 )
             inputs[tracked.name] = a
             if not output.requires_grad:  # all parameters are frozen; a copy, as a leaf may not be written to

@@ -311,6 +311,16 @@ def test_a_map_called_twice_is_refused() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_a_map_that_does_not_read_what_its_siblings_read_is_refused() -> None:
+    """As in MobileBERT, whose values read another tensor than its queries and keys: A and a are taken once for all."""
+    model = make_model("bert")
+    attention = model.bert.encoder.layer[1].attention.self
+    attention.value.register_forward_pre_hook(lambda _module, args: (2 * args[0],))
+    maps = tracked_maps(model, CurvatureSettings())
+    with pytest.raises(InputError, match=r"layer.1.attention.self.value: reads another input than the maps"):
+        query_gradients(model, maps, make_sequences(2, task="classification"), ROOMY, task="classification")
+
+
 def test_a_tracked_tied_head_is_refused() -> None:
     model = make_model("gpt2")
     assert not any("lm_head" in m.name for m in tracked_maps(model, CurvatureSettings()))
