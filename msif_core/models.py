@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 SIBLINGS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"query", "key", "value"})
 """Maps that read the same input, and so share A and Q_A."""
 
+ATTENDED = SIBLINGS[0] | SIBLINGS[2]
+"""Of separate maps, those that make queries, keys and values."""
+
 FUSED = {"query_key_value", "c_attn", "qkv_proj", "Wqkv", "W_pack", "in_proj"}
 """Names of maps that hold queries, keys and values in one matrix."""
 
@@ -257,7 +260,7 @@ def _blocks(model: Any, name: str, d_out: int, split: str) -> tuple[int, int]:
     """Blocks of a query-key-value map, and heads that their rows are dealt out to: each architecture's own layout."""
     leaf = name.rpartition(".")[2]
     config = model.config
-    if split == "none" or leaf not in FUSED | SIBLINGS[0] | SIBLINGS[2]:
+    if split == "none" or leaf not in FUSED | ATTENDED:
         return 1, 1
     heads: int = config.num_attention_heads
     if leaf not in FUSED:  # separate maps, keys and values possibly grouped

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from msif_core import products, storage
 from msif_core.errors import InputError
 
-VERSION = 2
-"""Of the files' layout: factors of another one are fitted anew."""
+VERSION = 3
+"""Of what the files hold: factors of another one are fitted anew."""
 
 
 def rotate_gradient(V: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

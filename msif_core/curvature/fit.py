@@ -16,7 +16,7 @@ from msif_core.curvature.factors import MapFactors
 from msif_core.curvature.gradients import RotatedGradients
 from msif_core.errors import InputError
 from msif_core.losses import Loss, sampled_loss, target_loss
-from msif_core.models import TrackedMap
+from msif_core.models import ATTENDED, TrackedMap
 from msif_core.randomness import uniforms
 
 EIGENVALUE_SEED = 0x5EED
@@ -75,7 +75,10 @@ def partitions(
 def covariance_sums(
     model: nn.Module, maps: list[TrackedMap], sequences: Sequences, *, task: str, seed: int, batch_tokens: int
 ) -> dict[str, torch.Tensor]:
-    """Sums over tokens: `A/<input group>` [d_in, d_in] of a a^T and `S/<map>` [P, p, p] of d d^T."""
+    """Sums over tokens: `A/<input group>` [d_in, d_in] of a a^T and `S/<map>` [P, p, p] of d d^T.
+
+    Of the tokens that a target depends on through the map: where d is zero, a is no part of a gradient either.
+    """
     dtype = sum_dtype(model)
     sums: dict[str, torch.Tensor] = {}
 
@@ -86,7 +89,7 @@ def covariance_sums(
 
     def consume(tracked: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> None:
         if owners[tracked.input_group] == tracked:
-            add(f"A/{tracked.input_group}", a.flatten(0, 1)[None])
+            add(f"A/{tracked.input_group}", reached(tracked, a, d).flatten(0, 1)[None])
         add(f"S/{tracked.name}", d.reshape(-1, *tracked.pieces).transpose(0, 1))
 
     owners = {m.input_group: m for m in maps}  # one map of each group adds its inputs
@@ -96,6 +99,17 @@ def covariance_sums(
         mirror(total)
         sums[name] = (total[0, : d_in[name], : d_in[name]] if name in d_in else total).contiguous()
     return sums
+
+
+def reached(tracked: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """The inputs a [N, T, d_in], zero where the gradients d [N, T, G, b] are.
+
+    Behind the last attention that is so at a prompt's tokens. Queries, keys and values share one A: a target depends
+    on all tokens before it by their keys and values, if not by their queries.
+    """
+    if tracked.name.rpartition(".")[2] in ATTENDED:
+        return a
+    return a * (d.flatten(2).abs().amax(-1, keepdim=True) > 0)
 
 
 def add_products(total: torch.Tensor, rows: torch.Tensor) -> None:

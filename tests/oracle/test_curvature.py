@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from msif_core import batching, losses, models
+from msif_core.capture import capture
 from msif_core.config import CurvatureSettings
 from msif_core.curvature import fit
 from msif_core.curvature.factors import MapFactors
@@ -94,6 +95,28 @@ def test_covariances_equal_sums_over_real_tokens(architecture, split):
         last = [int(np.flatnonzero(row != batching.IGNORED)[-1]) for row in sequences.labels]
         tokens = sum(last) if task == "causal_lm" else sum(len(ids) for ids in sequences.input_ids)
         assert float(one[f"A/{bias.input_group}"][-1, -1]) == tokens
+
+
+def test_covariances_count_the_tokens_whose_gradient_is_not_zero(architecture):
+    """Behind the last attention a prompt's tokens reach no target; of maps that share an input, one reached will do."""
+    task = task_of(architecture)
+    model = make_model(architecture)
+    maps = models.tracked_maps(model, CurvatureSettings())
+    sequences = make_sequences(5, task=task, lengths=(8, 12), prompt=6)
+    inputs, reached = {}, {}
+
+    def consume(tracked, a, d):
+        group = tracked.input_group
+        inputs[group] = a[..., : tracked.d_in]
+        reached[group] = reached.get(group, False) | (d != 0).flatten(2).any(-1)
+
+    capture(model, maps, next(batching.batches(sequences, 1000)), losses.sampled_loss(task, 0), consume)
+    sums = fit.covariance_sums(model, maps, sequences, task=task, seed=0, batch_tokens=1000)
+    for group, a in inputs.items():
+        rows = a[reached[group]]
+        torch.testing.assert_close(sums[f"A/{group}"], rows.T @ rows)
+    per_token = [int(found.sum()) for found in reached.values() if found.shape[1] > 1]
+    assert min(per_token) < max(per_token), "not every token reaches every map"
 
 
 def test_a_position_without_label_keeps_none():
