@@ -45,14 +45,24 @@ def attribute(
     The documents of the attributed stage are ranked by exact multi-stage influence. The answer is stored, becomes
     a page, and can be asked in SQL.
     """
-    typed = [Query(id="typed", prompt=prompt, completion=completion or None, contrast=contrast or None)] * bool(prompt)
     settings = with_retrieval(config, top_k, candidates)
-    asked = gather([*typed, *queries], queries_file)
+    asked = gather([*typed(prompt, completion, contrast), *queries], queries_file)
     with turns.ahead(config):
         run = attribution.answer(settings, asked, settings.retrieval.top_k)
     attribution.write_page(run)
     publish.publish_catalog(config)
     return run
+
+
+def typed(prompt: str, completion: str, contrast: str) -> list[Query]:
+    """The form's own query, if there is one.
+
+    Raises:
+        InputError: an answer is given without its prompt.
+    """
+    if not prompt and (completion or contrast):
+        raise InputError("a completion or another answer is given without a prompt; type the prompt, or clear them")
+    return [Query(prompt=prompt, completion=completion or None, contrast=contrast or None)] if prompt else []
 
 
 def with_retrieval(config: Config, top_k: int, candidates: str) -> Config:

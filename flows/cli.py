@@ -223,7 +223,9 @@ def rollback(
 @app.command()
 def evaluate(
     config: ConfigFile,
-    tail_patch_rate: Annotated[float, typer.Option(help="Learning rate of the tail-patch's single step.")] = 0.02,
+    tail_patch_rate: Annotated[
+        float, typer.Option(min=1e-12, help="Learning rate of the tail-patch's single step.")
+    ] = 0.02,
     retrain: Annotated[
         bool, typer.Option("--retrain", help="Retrain all stages on subsets of the documents and compare with that.")
     ] = False,

@@ -5,6 +5,7 @@ The descriptions are the reference of the YAML file: docs/settings.md, which `ms
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -48,6 +49,13 @@ class Training(Settings):
     warmup: float = Field(0.05, ge=0, le=1, description="Share of the steps with a rising learning rate.")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="The optimizer; sgd is without momentum.")
     seed: int = Field(0, description="Seed of the first weights and of the order of the data.")
+
+
+def _at_home(value: Any) -> Any:
+    """Paths that start with ~ as a shell reads them; anything else as it is."""
+    if isinstance(value, list):
+        return [_at_home(part) for part in value]
+    return os.path.expanduser(value) if isinstance(value, str | Path) else value
 
 
 class Filter(Settings):
@@ -95,11 +103,15 @@ class Stage(Settings):
     training: Training | None = None
     filter: Filter = Filter()
 
+    _home = field_validator("model", "documents", mode="before")(_at_home)
+
 
 class CorpusSettings(Settings):
     """Documents to token sequences."""
 
-    max_length: int | None = Field(None, ge=2, description="Window length; the model's context by default.")
+    max_length: int | None = Field(
+        None, ge=2, description="Window length of documents; the model's context by default, which queries may fill."
+    )
     shard_sequences: int = Field(
         2048,
         ge=1,
@@ -303,6 +315,8 @@ class Config(Settings):
     retraining: RetrainingSettings = RetrainingSettings()
     compute: ComputeSettings = ComputeSettings()
     runner: RunnerSettings = RunnerSettings()
+
+    _home = field_validator("workspace", "queries", mode="before")(_at_home)
 
     @field_validator("attribute_to", mode="before")
     @classmethod

@@ -95,7 +95,7 @@ class Pipeline(Indexing):
             if manifest.get("recipes", {}).get(stage.name) != self.recipe(stage.name):
                 raise InputError(
                     f"generation {manifest['generation']} was built with other factors of stage {stage.name!r} "
-                    "(another model, other curvature settings); run `msif run CONFIG` first"
+                    "(another model, other windows or curvature settings); run `msif run CONFIG` first"
                 )
         if manifest["codes_key"] != self.holding(manifest["factors"]).codes_folder().name:
             raise InputError(
@@ -125,7 +125,13 @@ class Pipeline(Indexing):
         return folder
 
     def attribute(self, queries: Path | Sequence[dict[str, Any]], top_k: int | None = None) -> Attribution:
-        """Rank the attributed stage's documents for each query, with exact scores."""
+        """Rank the attributed stage's documents for each query, with exact scores.
+
+        Raises:
+            InputError: no whole index is published, a query is malformed, or `top_k` is less than one.
+        """
+        if top_k is not None and top_k < 1:
+            raise InputError(f"top_k is {top_k}; ask for one document at least")
         folder = answering.answer(self, self.read_queries(queries), top_k or self.config.retrieval.top_k)
         return Attribution.open(folder)
 

@@ -71,6 +71,10 @@ class Queries:
         )  # fmt: skip
 
 
+UNCUT = 1 << 40
+"""Tokens in a window that no query fills."""
+
+
 def load_queries(
     source: Path | Sequence[Record], tokenizer: Any, max_length: int, task: str, complete: Complete | None = None
 ) -> Queries:
@@ -165,12 +169,13 @@ def _completed(
 
 
 def _one_window_each(found: list[Record], tokenizer: Any, max_length: int, task: str) -> Sequences:
-    sequences, rows = corpus.encode_list(found, tokenizer, max_length, task)
-    counts = np.bincount(rows, minlength=len(found))
-    for record, count in zip(found, counts, strict=True):
-        if count == 0:
+    """Each query's one sequence, nothing of it cut away but of a text to be classified, as in training."""
+    sequences, rows = corpus.encode_list(found, tokenizer, max_length if task == "classification" else UNCUT, task)
+    lengths = dict(zip(rows.tolist(), map(len, sequences.input_ids), strict=True))
+    for row, record in enumerate(found):
+        if row not in lengths:
             raise InputError(f"query {record['id']!r} has no token whose loss could be explained; give it more text")
-        if count > 1:
+        if lengths[row] > max_length:
             raise InputError(
                 f"query {record['id']!r} does not fit one window of {max_length} tokens; shorten it, or raise "
                 "corpus.max_length as far as the model reads"

@@ -67,8 +67,14 @@ class Stages:
 
     @cached_property
     def device(self) -> torch.device:
-        """The configured device; `auto` takes CUDA where there is one."""
+        """The configured device; `auto` takes CUDA where there is one.
+
+        Raises:
+            InputError: CUDA is configured and not there.
+        """
         name = self.config.compute.device
+        if name.startswith("cuda") and not torch.cuda.is_available():
+            raise InputError(f"compute.device is {name}, but torch finds no CUDA here; set it to auto or cpu")
         return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
     def model(self, stage: str) -> torch.nn.Module:
@@ -99,15 +105,37 @@ class Stages:
         """The stage's tracked maps."""
         return models.tracked_maps(self.structure(stage), self.config.curvature)
 
-    def max_length(self, stage: str) -> int:
-        """Window length in tokens: as configured, or what the model takes and its tokenizer says that it takes.
+    def context(self, stage: str) -> int:
+        """Tokens that the stage's model takes, and its tokenizer says that it takes.
 
         The latter is less where positions start after the padding token's (RoBERTa), and huge where it is not known.
         """
-        if self.config.corpus.max_length:
-            return self.config.corpus.max_length
-        context = getattr(self.structure(stage).config, "max_position_embeddings", None) or 1024
-        return min(context, getattr(self.tokenizer(stage), "model_max_length", context))
+        positions = self._positions(stage) or 1024
+        return min(positions, getattr(self.tokenizer(stage), "model_max_length", positions))
+
+    def max_length(self, stage: str) -> int:
+        """Window length of the stage's documents in tokens: as configured, or the model's context.
+
+        Raises:
+            InputError: the model has fewer positions than are configured.
+        """
+        configured, positions = self.config.corpus.max_length, self._positions(stage)
+        if configured and positions and configured > positions:
+            raise InputError(
+                f"corpus.max_length is {configured}, but the model of stage {stage!r} has {positions} positions; "
+                f"set it to {positions} or less"
+            )
+        return configured or self.context(stage)
+
+    def query_length(self) -> int:
+        """Longest query in tokens: what the last stage's model takes, however short the documents' windows are."""
+        last = self.config.stages[-1].name
+        return max(self.context(last), self.max_length(last))
+
+    def _positions(self, stage: str) -> int | None:
+        """Positions of the stage's model, None where it names none (BLOOM)."""
+        positions: int | None = getattr(self.structure(stage).config, "max_position_embeddings", None)
+        return positions
 
     @property
     def batch_tokens(self) -> int:
@@ -170,13 +198,14 @@ class Stages:
     # -- curvature --------------------------------------------------------------------------------
 
     def recipe(self, stage: str) -> str:
-        """What the stage's factors depend on beside its data: model weights and settings."""
+        """What the stage's factors depend on beside its documents: model weights and settings, their windows too."""
         settings = self.config.stage(stage)
         return storage.fingerprint(
             VERSION,
             models.model_fingerprint(settings.model, revision=settings.revision),
             self.config.curvature.model_dump(exclude={"memory_budget_gb"}, exclude_none=True),
             self.config.compute.dtype,
+            self.config.corpus.max_length,
             *(["tf32"] if self.config.compute.tf32 else []),
         )
 
@@ -341,14 +370,14 @@ class Stages:
             return complete(
                 self.model(last.name),
                 prompts,
-                max_length=self.max_length(last.name),
+                max_length=self.query_length(),
                 max_new_tokens=self.config.completion.max_new_tokens,
                 batch_tokens=self.batch_tokens,
                 end=tokenizer.eos_token_id,
             )
 
         generates = answers if last.task == "causal_lm" else None
-        found = load_queries(source, tokenizer, self.max_length(last.name), last.task, generates)
+        found = load_queries(source, tokenizer, self.query_length(), last.task, generates)
         vocabulary.check_sequences(found.sequences, self.structure(last.name), last.task, last.name)
         return found
 

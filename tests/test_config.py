@@ -23,6 +23,15 @@ def test_the_first_stage_is_attributed_to_by_default(tmp_path):
     assert Config.load(write(tmp_path, GOOD)).attribute_to == "pretrain"
 
 
+def test_paths_may_start_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    text = GOOD.replace("model: m1", "model: ~/m1").replace('"a/*.jsonl"', '["~/a/*.jsonl"]')
+    config = Config.load(write(tmp_path, text.replace("workspace: ", "workspace: ~/")))
+    assert str(config.workspace).startswith("/home/someone/")
+    assert config.stages[0].model == "/home/someone/m1"
+    assert config.stages[0].documents == ["/home/someone/a/*.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from flows import cli
-from flows.attribute import gather, with_retrieval
+from flows.attribute import gather, typed, with_retrieval
 from flows.serve import deployments
 from flows.show_settings import markdown
 from msif_core.config import Config, Query
@@ -66,16 +66,24 @@ def test_a_parameter_is_a_path_or_a_configuration() -> None:
 
 
 def test_queries_are_typed_or_a_file() -> None:
-    typed = [Query(prompt="a", completion="b", source="x"), Query(id="own", prompt="c")]
-    assert gather(typed, "") == [
+    asked = [Query(prompt="a", completion="b", source="x"), Query(id="own", prompt="c")]
+    assert gather(asked, "") == [
         {"id": "query-1", "prompt": "a", "completion": "b", "source": "x"},
         {"id": "own", "prompt": "c"},
     ]
     assert gather([], "q.jsonl") == Path("q.jsonl")
     with pytest.raises(InputError, match="choose one of them"):
-        gather(typed, "q.jsonl")
+        gather(asked, "q.jsonl")
     with pytest.raises(InputError, match="nothing to explain: type a prompt"):
         gather([], "")
+
+
+def test_an_answer_needs_its_prompt() -> None:
+    assert typed("", "", "") == []
+    assert typed("What?", "", "")[0].completion is None
+    for completion, contrast in (("This.", ""), ("", "That.")):
+        with pytest.raises(InputError, match="is given without a prompt; type the prompt, or clear them"):
+            typed("", completion, contrast)
 
 
 def test_a_form_overrides_the_configuration() -> None:

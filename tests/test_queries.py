@@ -86,6 +86,8 @@ def test_a_classification_contrasts_two_labels(tokenizer: Any) -> None:
     ("record", "message"),
     [
         ({"id": "q", "text": "w1 " * 20}, "query 'q' does not fit one window of 8 tokens; shorten it, or raise"),
+        ({"id": "q", "prompt": "w1 " * 20, "completion": "w2"}, "query 'q' does not fit one window of 8 tokens"),
+        ({"id": "q", "prompt": "w1", "completion": "w2 " * 20}, "query 'q' does not fit one window of 8 tokens"),
         ({"id": "q", "input_ids": [3]}, "query 'q' has no token whose loss could be explained; give it more text"),
         ({"id": "q", "prompt": " "}, "record 1: empty prompt; write what the model should answer"),
         ({"id": "q", "text": "a b", "contrast": "c"}, "contrast must be another completion of its prompt"),

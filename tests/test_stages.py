@@ -17,7 +17,7 @@ from msif_core.config import Config
 from msif_core.errors import InputError
 from msif_core.pipeline import Pipeline
 from msif_core.pruning import prune
-from tests.tiny_project import write_project
+from tests.tiny_project import change, write_project
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,38 @@ def test_steps_without_a_pass_load_no_model(project: Path, monkeypatch: pytest.M
     pipeline.combine_eigenvalues(stage)
     assert pipeline.fitted(stage)
     assert len(loaded) == passes
+
+
+def test_a_query_may_be_as_long_as_the_model_reads(project: Path) -> None:
+    short = change(project, corpus={"max_length": 8})
+    query = {"id": "q", "prompt": "What is kite?\n", "completion": "A kite, a kite."}
+    (ids,) = short.read_queries([query]).sequences.input_ids
+    assert 8 < len(ids) <= 24
+    with pytest.raises(InputError, match="query 'q' does not fit one window of 24 tokens"):
+        short.read_queries([{**query, "completion": "A kite. " * 9}])
+
+
+def test_windows_longer_than_the_model_reads_are_refused(project: Path) -> None:
+    with pytest.raises(InputError, match=r"corpus.max_length is 25, but the model of stage 'pretrain' has 24 position"):
+        change(project, corpus={"max_length": 25}).tokenize("pretrain")
+
+
+def test_other_windows_make_other_factors(project: Path) -> None:
+    recipes = [change(project, corpus={"max_length": length}).recipe("pretrain") for length in (8, 9)]
+    assert recipes[0] != recipes[1]
+
+
+def test_a_device_that_is_not_there_is_named(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        InputError, match=r"compute\.device is cuda, but torch finds no CUDA here; set it to auto or cpu"
+    ):
+        _ = change(project, compute={"device": "cuda"}).device
+
+
+def test_an_answer_has_one_document_at_least(config: Config) -> None:
+    with pytest.raises(InputError, match="top_k is -3; ask for one document at least"):
+        Pipeline(config).attribute([{"id": "q", "prompt": "What is kite?\n", "completion": "A kite."}], top_k=-3)
 
 
 def test_a_document_that_breaks_is_quarantined_and_the_rest_goes_on(tmp_path: Path) -> None:
