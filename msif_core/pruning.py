@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,14 +39,12 @@ def prune(workspace: Workspace, keep: int = 3, grace_seconds: float = 3600.0, dr
     names |= {name for name, manifest in manifests.items() if published is not None and manifest["parent"] == published}
     # The published generation's file bears the time of its build; others bear the time they were replaced.
     names |= {name for name in manifests if _newest(workspace.generations / name) > edge}
-    doomed = [path for path in _doomed(workspace, manifests, names, edge) if _newest(path) <= edge] if names else []
-    size = sum(file.stat().st_size for path in doomed for file in _files(path))
+    found = [path for path in _doomed(workspace, manifests, names, edge) if _newest(path) <= edge] if names else []
+    doomed = [path for path in found if not set(found).intersection(path.parents)]
+    size = sum(stat.st_size for path in doomed for stat in _stats(path))
     if not dry_run:
         for path in doomed:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            _remove(path)
     return Pruned(tuple(doomed), size)
 
 
@@ -115,9 +115,22 @@ def _factors(root: Path, kept: list[Any]) -> Iterator[Path]:
             yield from folder.glob("partial-*")
 
 
-def _files(path: Path) -> list[Path]:
-    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+def _stats(path: Path) -> Iterator[os.stat_result]:
+    """Of the files there, leaving out those that vanish meanwhile."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        with suppress(FileNotFoundError):
+            if file.is_file():
+                yield file.stat()
 
 
 def _newest(path: Path) -> float:
-    return max((file.stat().st_mtime for file in _files(path)), default=0.0)
+    return max((stat.st_mtime for stat in _stats(path)), default=0.0)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder, or what is left of it: another process may be at it too."""
+    with suppress(FileNotFoundError):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

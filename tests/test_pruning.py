@@ -56,6 +56,18 @@ def test_prune_leaves_one_generation_s_files_and_no_others(project: Path) -> Non
         generations.rollback(pipeline.workspace)
 
 
+def test_prune_removes_folders_with_what_an_error_left_in_them(project: Path) -> None:
+    pipeline, _ = build_three(project)
+    old = pipeline.codes_folder()
+    change(project, sketch={"dimensions": 256}).run()
+    with pytest.raises(OSError, match="full"), storage.locked(old / "shard"):
+        raise OSError("full")
+    found = prune(pipeline.workspace, keep=1, grace_seconds=0)
+    assert old in found.paths
+    assert storage.lock_of(old / "shard") not in found.paths, "counted once"
+    assert not any(path.exists() for path in found.paths)
+
+
 def test_prune_spares_what_a_query_may_still_read(project: Path) -> None:
     pipeline, folders = build_three(project)
     root = pipeline.workspace.root
