@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,7 @@ from msif_core.config import Config
 from msif_core.errors import InputError
 from msif_core.pipeline import Pipeline
 from msif_core.pruning import prune
-from tests.tiny_project import change, write_project
+from tests.tiny_project import asked, change, write_project
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +135,23 @@ def test_a_device_that_is_not_there_is_named(project: Path, monkeypatch: pytest.
 def test_an_answer_has_one_document_at_least(config: Config) -> None:
     with pytest.raises(InputError, match="top_k is -3; ask for one document at least"):
         Pipeline(config).attribute([{"id": "q", "prompt": "What is kite?\n", "completion": "A kite."}], top_k=-3)
+
+
+def test_damaged_factors_are_named_and_fitted_again(project: Path) -> None:
+    pipeline = Pipeline.from_config(project)
+    generation = pipeline.run()
+    kept = ["query_id", "document_id", "score"]
+    before = pipeline.attribute(asked(project)).table.select(kept)
+    folder = pipeline.factors_folder("pretrain")
+    for damage in (lambda path: path.write_bytes(path.read_bytes()[:-9]), Path.unlink):
+        damaged = sorted(folder.glob("*.eigenvalues.safetensors"))[0]
+        damage(damaged)
+        mend = rf"{re.escape(str(damaged))}: .*; delete the folder {re.escape(str(folder))} and run `msif run CONFIG`"
+        with pytest.raises(InputError, match=mend):
+            pipeline.attribute(asked(project))
+        shutil.rmtree(folder)
+        assert pipeline.run() == generation
+        assert pipeline.attribute(asked(project)).table.select(kept).equals(before)
 
 
 def test_a_document_that_breaks_is_quarantined_and_the_rest_goes_on(tmp_path: Path) -> None:

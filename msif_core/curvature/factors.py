@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from msif_core import products, storage
@@ -108,8 +108,13 @@ class Factors:
         return StoredFactors(self._read, self.maps[name])
 
     def _read(self, file: str, name: str) -> torch.Tensor:
-        with safe_open(self.folder / file, framework="pt", device=self._device) as tensors:
-            found: torch.Tensor = tensors.get_tensor(name)
+        path = self.folder / file
+        try:
+            with safe_open(path, framework="pt", device=self._device) as tensors:
+                found: torch.Tensor = tensors.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            mend = f"delete the folder {self.folder} and run `msif run CONFIG`, which fits its stage again"
+            raise InputError(f"{path}: the factors cannot be read ({error}); {mend}") from None
         return found.to(self._dtype) if self._dtype else found
 
 
