@@ -108,6 +108,8 @@ def attribute(
     from msif_core.attribution import Attribution
 
     settings = Config.load(config)
+    if out is not None:
+        check_file(out)
     with orchestrated(settings, keep_server):
         folder = flow(settings, queries_file=str(queries), top_k=top_k)
     if out is not None:
@@ -127,8 +129,7 @@ def score(
     from msif_core import storage
     from msif_core.pipeline import Pipeline
 
-    if out.is_dir() or not out.parent.is_dir():
-        raise InputError(f"--out {out}: name a file in a folder that exists")
+    check_file(out)
     scores = Pipeline.from_config(config).score(queries, documents)
     with storage.atomic_path(out) as temporary, open(temporary, "wb") as handle:
         np.save(handle, scores)
@@ -307,16 +308,24 @@ def serve(
 ) -> None:
     """Register the deployments and run what the UI, the schedule or an event asks for, until interrupted."""
     from flows.runners import model_tasks
-    from flows.serve import serve_flows
+    from flows.serve import alone, check_cron, serve_flows
     from flows.server import limit_accelerator, server
 
     settings = Config.load(config)
     name = settings.workspace.name
-    with server(settings.workspace, keep_server) as url:
+    if cron is not None:
+        check_cron(cron)
+    with alone(settings.workspace), server(settings.workspace, keep_server) as url:
         limit_accelerator(model_tasks(settings))
         console.print(f"Prefect: {url.removesuffix('/api')}/deployments", soft_wrap=True)
         console.print(f"Events that re-index: msif.corpus.updated, msif.model.updated of msif.workspace.{name}")
         serve_flows(config, name, cron, limit)
+
+
+def check_file(out: Path) -> None:
+    """Refuse a file that could not be written, before the work for it."""
+    if out.is_dir() or not out.parent.is_dir():
+        raise InputError(f"--out {out}: name a file in a folder that exists")
 
 
 def published(config: Config) -> dict[str, Any] | None:

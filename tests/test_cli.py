@@ -94,6 +94,29 @@ def test_a_server_that_does_not_answer_is_named(msif: Callable[..., tuple[int, s
     )  # fmt: skip
 
 
+def test_serve_refuses_a_wrong_schedule_and_a_second_time_before_it_starts_a_server(
+    msif: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import serve, server
+
+    monkeypatch.setattr(server, "server", None)
+    path = config(tmp_path)
+    code, error = msif("serve", path, "--cron", "every night")
+    assert (code, error[:38]) == (2, "msif: --cron 'every night': not a sche")
+    with serve.alone(tmp_path / "workspace"):
+        code, error = msif("serve", path)
+    assert (code, "another `msif serve` serves this workspace" in error) == (2, True)
+
+
+def test_attribute_checks_the_file_to_write_before_it_starts(
+    msif: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "orchestrated", None)
+    for out in (tmp_path / "none" / "found.parquet", tmp_path):
+        found = msif("attribute", config(tmp_path), "--queries", "q.jsonl", "--out", out)
+        assert found == (2, f"msif: --out {out}: name a file in a folder that exists\n")
+
+
 def test_plan_refuses_a_wrong_count(msif: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     code, error = msif("plan", config(tmp_path), "--sequences", "pretrain=many")
     assert (code, error) == (

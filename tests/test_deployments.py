@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from flows import cli
 from flows.attribute import gather, typed, with_retrieval
-from flows.serve import deployments
+from flows.serve import alone, check_cron, deployments
 from flows.show_settings import markdown
 from msif_core.config import Config, Query
 from msif_core.errors import InputError
@@ -40,6 +40,31 @@ def test_the_same_deployments_for_a_pool_and_for_serve() -> None:
         assert deployment.concurrency_limit == 1
         assert bool(deployment.schedules) == ("schedules" in entry)
     assert not any(deployment.schedules for deployment in deployments(CONFIG, "demo"))
+
+
+def test_a_path_may_hold_what_means_something_in_yaml() -> None:
+    path = Path('/tmp/a "quoted" one: #1/config.yaml')
+    assert [d.parameters for d in deployments(path, "demo")] == [{"config": str(path)}] * len(
+        deployments(CONFIG, "demo")
+    )
+
+
+def test_a_wrong_schedule_is_refused() -> None:
+    check_cron("0 3 * * *")
+    for cron in ("every night", ""):
+        with pytest.raises(InputError, match=f"--cron '{cron}': not a schedule; expected five fields"):
+            check_cron(cron)
+
+
+def test_a_workspace_is_served_once_at_a_time(tmp_path: Path) -> None:
+    with (
+        alone(tmp_path),
+        pytest.raises(InputError, match=r"another `msif serve` serves this workspace; stop it first"),
+        alone(tmp_path),
+    ):
+        pass
+    with alone(tmp_path):
+        pass
 
 
 def test_the_compose_file_starts_what_there_is() -> None:
