@@ -13,6 +13,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from msif_core.errors import InputError
+
 LOCK = ".tmp-lock-"
 """How the names of locks begin."""
 
@@ -72,8 +74,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Parse the JSON file `path`."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Parse the JSON file `path`, which msif wrote.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: damaged, not JSON ({error}); remove it and run `msif run CONFIG`") from None
 
 
 def file_digest(path: Path) -> str:

@@ -68,12 +68,15 @@ class Workspace:
         """Folder of the published generation.
 
         Raises:
-            InputError: nothing is published yet.
+            InputError: nothing is published yet, or what was is gone.
         """
         name = self.published()
         if name is None:
             raise InputError(f"{self.root}: no index is published yet; run `msif run CONFIG` first")
-        return self.generations / name
+        folder = self.generations / name
+        if not (folder / "manifest.json").exists():
+            raise InputError(f"{folder}: the published generation is gone; `msif run CONFIG` builds it again")
+        return folder
 
     def new_run(self) -> str:
         """A sortable, unique name for an attribution."""

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 
-from msif_core import generations
+from msif_core import generations, storage
 from msif_core.errors import InputError
 from msif_core.pipeline import Pipeline
 from msif_core.pruning import prune
-from tests.tiny_project import asked, change, column, documents, manifest, rewrite
+from tests.tiny_project import asked, change, column, documents, manifest, rewrite, write_project
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project that is indexed, and that its tests leave so."""
+    path = write_project(tmp_path_factory.mktemp("built"))
+    Pipeline.from_config(path).run()
+    return path
 
 
 def test_a_build_of_low_recall_is_kept_and_not_published(project: Path) -> None:
@@ -128,6 +138,35 @@ def test_queries_see_the_published_generation_while_documents_and_factors_change
     assert answer.table.select(kept).equals(before)
     assert all(answer.documents[name].text == document_text(name) for name in answer.document_ids)
     assert not pipeline.fitted("pretrain"), "nor did the query pin anything"
+
+
+def test_a_published_generation_that_was_deleted_is_built_again(project: Path) -> None:
+    pipeline = Pipeline.from_config(project)
+    pipeline.run()
+    rewrite(project, 40)
+    shutil.rmtree(pipeline.run())
+    for asking in (lambda: pipeline.attribute(asked(project)), lambda: generations.rollback(pipeline.workspace)):
+        with pytest.raises(InputError, match="the published generation is gone; `msif run CONFIG` builds it again"):
+            asking()
+    pipeline.run()
+    assert pipeline.attribute(asked(project)).table.num_rows
+
+
+@pytest.mark.parametrize("content", ["", '{"recipe": ', "\0"])
+@pytest.mark.parametrize("file", ["pins/pretrain.json", "corpus/pretrain/manifest.json", "generations/*/manifest.json"])
+def test_a_broken_json_file_is_named_and_a_run_without_it_heals(built: Path, file: str, content: str) -> None:
+    pipeline = Pipeline.from_config(built)
+    (path,) = pipeline.workspace.root.glob(file)
+    before = path.read_text()
+    path.write_text(content)
+    with pytest.raises(InputError, match=rf"^{re.escape(str(path))}: .*; remove it and run `msif run CONFIG`"):
+        pipeline.run()
+    path.unlink()
+    pipeline.run()
+    kept = ["fingerprint", "recipe", "factors", "content"]
+    found, expected = storage.read_json(path), json.loads(before)
+    assert {name: found.get(name) for name in kept} == {name: expected.get(name) for name in kept}
+    assert pipeline.attribute(asked(built)).table.num_rows
 
 
 def document_text(name: str) -> str:
