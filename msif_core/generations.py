@@ -42,6 +42,13 @@ def withheld(folder: Path, settings: IndexSettings) -> str | None:
     )
 
 
+def rolled_back(workspace: Workspace) -> list[Manifest]:
+    """The generations that a build does not publish again, the newest last."""
+    found = [storage.read_json(path) for path in workspace.generations.glob("*/manifest.json")]
+    marked = [manifest for manifest in found if workspace.rolled_back(manifest["content"]).exists()]
+    return sorted(marked, key=lambda manifest: str(manifest["created"]))
+
+
 def rollback(workspace: Workspace, to: str | None = None) -> str:
     """Publish the generation before the published one, or the one named `to`; returns its id.
 

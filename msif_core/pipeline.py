@@ -89,19 +89,24 @@ class Pipeline(Indexing):
         """Refuse a generation that belongs to another model or other settings.
 
         Raises:
-            InputError: names the stage whose factors differ.
+            InputError: names the stage whose factors differ, and the command that mends it.
         """
+        difference = self._difference(manifest)
+        if difference is None:
+            return
+        same = [found for found in generations.rolled_back(self.workspace) if self._difference(found) is None]
+        mend = "run `msif run CONFIG` first"
+        if same:
+            mend = f"`msif rollback CONFIG --to {same[-1]['generation']}` publishes one of these, which was rolled back"
+        raise InputError(f"generation {manifest['generation']} was built with {difference}; {mend}")
+
+    def _difference(self, manifest: dict[str, Any]) -> str | None:
+        """What a generation was built with that this configuration has not, None where it can answer."""
         for stage in self.config.stages:
             if manifest.get("recipes", {}).get(stage.name) != self.recipe(stage.name):
-                raise InputError(
-                    f"generation {manifest['generation']} was built with other factors of stage {stage.name!r} "
-                    "(another model, other windows or curvature settings); run `msif run CONFIG` first"
-                )
-        if manifest["codes_key"] != self.holding(manifest["factors"]).codes_folder().name:
-            raise InputError(
-                f"generation {manifest['generation']} was built with another filter or sketch; "
-                "run `msif run CONFIG` first"
-            )
+                return f"other factors of stage {stage.name!r} (another model, other windows or curvature settings)"
+        same = manifest["codes_key"] == self.holding(manifest["factors"]).codes_folder().name
+        return None if same else "another filter or sketch"
 
     def publish_catalog(self) -> Path:
         """Build a new catalog over all that is there and move the pointer to it."""

@@ -81,6 +81,24 @@ def test_a_rebuild_does_not_undo_a_rollback(project: Path) -> None:
     assert pipeline.workspace.published() == three.name not in (one.name, two.name)
 
 
+@pytest.mark.parametrize("changed", [{"sketch": {"dimensions": 256}}, {"curvature": {"max_sequences": 10}}])
+def test_settings_that_were_rolled_back_are_told_the_way_back(
+    project: Path, changed: dict[str, dict[str, int]]
+) -> None:
+    """A run would withhold them: what answers is the generation's name."""
+    pipeline = Pipeline.from_config(project)
+    pipeline.run()
+    other = change(project, **changed)
+    with pytest.raises(InputError, match=r"; run `msif run CONFIG` first$"):
+        other.attribute(asked(project))
+    second = other.run()
+    generations.rollback(pipeline.workspace)
+    with pytest.raises(InputError, match=f"; `msif rollback CONFIG --to {second.name}` publishes one of these"):
+        other.attribute(asked(project))
+    generations.rollback(pipeline.workspace, to=second.name)
+    assert other.attribute(asked(project)).table.num_rows
+
+
 def test_a_rebuild_does_not_undo_two_rollbacks(project: Path) -> None:
     """After another generation the same documents come under another name, which was never published."""
     pipeline = Pipeline.from_config(project)
