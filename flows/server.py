@@ -50,7 +50,7 @@ def server(workspace: Path, keep: bool = False) -> Iterator[str]:
         return
     folder = workspace.resolve() / "server"
     record = folder / "server.json"
-    folder.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(folder)
     with open(folder / "users", "ab") as users:
         fcntl.flock(users, fcntl.LOCK_SH)
         with storage.locked(record):

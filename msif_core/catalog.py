@@ -71,7 +71,7 @@ def publish(workspace: Path) -> Path:
 
 def _publish(workspace: Path) -> Path:
     folder = workspace / "catalog"
-    folder.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(folder)
     target = _claim(folder)
     temporary = folder / f".tmp-{os.getpid()}-{target.name}"
     try:

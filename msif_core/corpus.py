@@ -67,7 +67,7 @@ def tokenize(
     def windows(record: records.Record) -> int:
         return len(encode([record], tokenizer, max_length, task)[0])
 
-    folder.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(folder)
     with TemporaryDirectory(prefix=".tmp-raw-", dir=folder) as raw:
         found = partition(documents, Path(raw), settings, skipped, previous, windows)
         shards = []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, find_adapter_config_file
@@ -121,6 +122,8 @@ def load_model(
     base = _read_checkpoint(settings["base_model_name_or_path"], settings.get("revision"), *options)
     try:
         merged = peft.PeftModel.from_pretrained(base, source, revision=revision).merge_and_unload()
+    except SafetensorError as error:
+        raise _damaged(source, error) from None
     except (OSError, ValueError, RuntimeError) as error:
         name = settings["base_model_name_or_path"]
         raise InputError(f"{source}: the adapter cannot be merged into its base model {name}: {error}") from None
@@ -161,6 +164,8 @@ def _read_checkpoint(source: str, revision: str | None, dtype: str, task: str, t
             source, revision=revision or "main", dtype=getattr(torch, dtype),
             use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True,
         )  # fmt: skip
+    except SafetensorError as error:
+        raise _damaged(source, error) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{source}: no model can be loaded from it: {error}") from None
     if loaded["missing_keys"]:
@@ -169,6 +174,10 @@ def _read_checkpoint(source: str, revision: str | None, dtype: str, task: str, t
             f"is its task {task}?"
         )
     return model
+
+
+def _damaged(source: str, error: SafetensorError) -> InputError:
+    return InputError(f"{source}: its weights are damaged ({error}); copy or save them again")
 
 
 def freeze(model: nn.Module, tf32: bool = False) -> nn.Module:
@@ -187,12 +196,20 @@ def load_tokenizer(source: str, revision: str | None = None, trust_remote_code: 
     """The checkpoint's tokenizer, None where it has none (records with input_ids need none).
 
     An adapter without one has its base model's.
+
+    Raises:
+        InputError: it has a tokenizer.json, which cannot be loaded.
     """
     try:
         return transformers.AutoTokenizer.from_pretrained(
             source, revision=revision or "main", trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError):
+    except Exception as error:  # of many kinds, as a broken file has it
+        if Path(source, "tokenizer.json").exists():
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"{source}: its tokenizer cannot be loaded ({reason}); save it there again") from None
+        if not isinstance(error, OSError | ValueError):
+            raise
         adapter = adapter_settings(source, revision)
         if adapter is None:
             return None

@@ -25,7 +25,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     On an error nothing is left behind; after a kill a `.tmp-` file may remain and is never read.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         yield temporary
@@ -39,7 +39,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """As `atomic_path`, for a folder that is written once; one that stands already is left as it is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -51,6 +51,19 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder that may stand already, and those above it.
+
+    Raises:
+        InputError: one of them is a file.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        file = next(part for part in (path, *path.parents) if part.is_file())
+        raise InputError(f"{file}: a file, where a folder is to be; move it away, or name another folder") from None
 
 
 def _sync(path: Path) -> None:
@@ -155,7 +168,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
     Raises:
         BusyError: somebody else holds it, and this is not to `wait`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     lock = lock_of(path)
     with open(lock, "ab") as handle:
         try:

@@ -53,6 +53,14 @@ def test_an_adapter_is_refused_with_what_to_do(adapter: Path, base: Path) -> Non
     assert Stage(name="s", model="m", documents="d").adapter == "refuse"
 
 
+@pytest.mark.parametrize("damaged", ["base/model.safetensors", "adapter/adapter_model.safetensors"])
+def test_damaged_weights_are_named(adapter: Path, damaged: str) -> None:
+    file = adapter.parent / damaged
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(InputError, match=rf"{file.parent}: its weights are damaged \(.*\); copy or save them again"):
+        load_model(str(file.parent), adapter="merge")
+
+
 def test_a_pickled_adapter_is_refused(adapter: Path) -> None:
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(InputError, match=r"no adapter_model\.safetensors; save it in that format"):

@@ -117,6 +117,15 @@ def test_attribute_checks_the_file_to_write_before_it_starts(
         assert found == (2, f"msif: --out {out}: name a file in a folder that exists\n")
 
 
+@pytest.mark.parametrize("command", [("run",), ("attribute", "--queries", "q.jsonl"), ("serve",)])
+def test_a_workspace_that_is_a_file_is_one_line(
+    msif: Callable[..., tuple[int, str]], tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    (tmp_path / "workspace").write_text("a file")
+    code, error = msif(command[0], config(tmp_path), *command[1:])
+    assert (code, error[: error.index(": a file")]) == (2, f"msif: {tmp_path / 'workspace'}")
+
+
 def test_plan_refuses_a_wrong_count(msif: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     code, error = msif("plan", config(tmp_path), "--sequences", "pretrain=many")
     assert (code, error) == (

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from msif_core import storage
+from msif_core.errors import InputError
 
 BUILDER = """
 import sys, time
@@ -62,6 +66,19 @@ def test_a_killed_builder_frees_what_it_held(tmp_path: Path) -> None:
     assert second.wait(60) == 0
     assert log.read_text() == "built\nbuilt\n"
     assert storage.is_whole(path)
+
+
+def test_a_file_where_a_folder_is_to_be_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "workspace"
+    file.write_text("a file")
+    mend = f"{file}: a file, where a folder is to be; move it away, or name another folder"
+    for path in (file, file / "server"):
+        with pytest.raises(InputError, match=re.escape(mend)):
+            storage.make_folder(path)
+    with pytest.raises(InputError, match=re.escape(mend)), storage.locked(file / "server" / "serve"):
+        pass
+    with pytest.raises(InputError, match=re.escape(mend)):
+        storage.write_json(file / "pins" / "s.json", {})
 
 
 def test_what_another_process_is_at_comes_last(tmp_path: Path) -> None:

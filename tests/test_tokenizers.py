@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, dynamic_module_utils
 
 from msif_core.config import Config
+from msif_core.errors import InputError
 from msif_core.pipeline import Pipeline
 
 CODE = """
@@ -61,6 +62,14 @@ def test_a_tokenizer_that_names_no_window_or_a_longer_one_leaves_the_model_s(rob
     if length:
         save_tokenizer(roberta, model_max_length=length)
     assert pipeline(roberta).max_length("s") == 12
+
+
+@pytest.mark.parametrize("content", ["{}", "", "[1, 2"])
+def test_a_broken_tokenizer_is_named(roberta: Path, content: str) -> None:
+    save_tokenizer(roberta)
+    (roberta / "tokenizer.json").write_text(content)
+    with pytest.raises(InputError, match=rf"{roberta}: its tokenizer cannot be loaded \(.*\); save it there again"):
+        pipeline(roberta).tokenizer("s")
 
 
 def test_a_tokenizer_s_own_code_runs_only_where_it_is_trusted(roberta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
