@@ -29,7 +29,9 @@ class HubDataset(Settings):
     dataset: str = Field(description="Hub id, or a local folder that `datasets.load_dataset` reads.")
     name: str | None = Field(None, description="Configuration of the dataset, if it has several.")
     split: str = Field("train", description="Split to read.")
-    text: str = Field("text", description="Column that holds the text.")
+    text: str = Field(
+        "text", description="Column that holds the text; without a column `text`, `prompt` and `completion` are read."
+    )
     id: str | None = Field(None, description="Column that holds the id; row numbers are used without one.")
 
 

@@ -22,6 +22,9 @@ Check = Callable[[Any], str | None]
 
 KNOWN = {"id", "text", "source", "prompt", "completion", "input_ids", "labels", "label"}
 QUERY_FIELDS = KNOWN | {"contrast", "set"}
+ENCODED = {"text", "prompt", "completion", "input_ids", "labels"}
+"""Fields that become tokens."""
+
 LARGEST_TOKEN = (1 << 31) - 1
 """Tokens are stored in 32 bits."""
 
@@ -219,12 +222,20 @@ def _hub(source: HubDataset) -> Iterator[tuple[str, Record]]:
     except Exception as error:
         raise InputError(f"dataset {source.dataset}: cannot be loaded: {error}") from None
     for number, row in enumerate(rows):
-        missing = [name for name in (source.text, source.id) if name is not None and name not in row]
-        if missing:
-            raise InputError(f"dataset {source.dataset}: no column {missing[0]!r}; it has {sorted(row)}")
-        rest = {key: value for key, value in row.items() if key not in (source.text, source.id)}
-        key = str(row[source.id]) if source.id else f"{source.dataset}/{source.split}/{number}"
-        yield f"dataset {source.dataset}, row {number}", {"id": key, "text": row[source.text], **rest}
+        yield f"dataset {source.dataset}, row {number}", _row(source, number, row)
+
+
+def _row(source: HubDataset, number: int, row: Record) -> Record:
+    """A row of a dataset as a record: what is encoded and its id are of the named columns alone."""
+    paired = source.text == "text" and "text" not in row and {"prompt", "completion"} <= row.keys()
+    read = ("prompt", "completion") if paired else (source.text,)
+    missing = [name for name in (*read, source.id) if name is not None and name not in row]
+    if missing:
+        raise InputError(f"dataset {source.dataset}: no column {missing[0]!r}; it has {sorted(row)}")
+    rest = {key: value for key, value in row.items() if key not in (*ENCODED, "id", source.text, source.id)}
+    encoded = {key: row[key] for key in read} if paired else {"text": row[source.text]}
+    key = f"{source.dataset}/{source.split}/{number}" if source.id is None else row[source.id]
+    return {"id": None if key is None else str(key), **encoded, **rest}
 
 
 def read_list(source: Path | Sequence[Record], check: Check = problem_of) -> list[Record]:

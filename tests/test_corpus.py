@@ -71,6 +71,44 @@ def test_jsonl_parquet_and_datasets_give_the_same_shards(tmp_path: Path, tokeniz
     assert build(sources[2], tmp_path / "c2", tokenizer) != built[2], "a folder that a dataset is read from changed"
 
 
+def hub(folder: Path, records: list[dict[str, Any]], **columns: str) -> HubDataset:
+    """A dataset of these rows in a folder."""
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", records)
+    return HubDataset(dataset=str(folder), **columns)
+
+
+def test_a_dataset_is_read_by_its_named_columns_alone(tmp_path: Path, tokenizer: Any):
+    others = {"text": "w9", "id": "z", "prompt": "w8", "completion": "w8", "input_ids": [7, 7], "labels": [7, 7]}
+    found = [{"body": "w1 w2", "key": 5, "year": 1900, **others}, {"body": "w3 w4", "key": 6, "year": 1901, **others}]
+    build(hub(tmp_path / "hub", found, text="body", id="key"), tmp_path / "c", tokenizer)
+    assert read_all(tmp_path / "c") == {"5": [[1, 2, 0]], "6": [[3, 4, 0]]}
+    rows = corpus.rows_of_documents(tmp_path / "c", ["5", "6"], ["text", "metadata"])
+    assert [rows[name]["text"] for name in ("5", "6")] == ["w1 w2", "w3 w4"]
+    assert [json.loads(rows[name]["metadata"]) for name in ("5", "6")] == [{"year": 1900}, {"year": 1901}]
+
+
+@pytest.mark.parametrize("key", [3, "a"])
+def test_a_dataset_without_a_named_id_goes_by_row_numbers(tmp_path: Path, tokenizer: Any, key: Any):
+    build(hub(tmp_path / "hub", [{"id": key, "text": "w1 w2"}]), tmp_path / "c", tokenizer)
+    assert read_all(tmp_path / "c") == {f"{tmp_path / 'hub'}/train/0": [[1, 2, 0]]}
+
+
+def test_a_dataset_without_a_text_column_may_have_prompts_and_completions(tmp_path: Path, tokenizer: Any):
+    found = [{"id": "a", "prompt": "w1 w2", "completion": "w3"}]
+    build(hub(tmp_path / "hub", found, id="id"), tmp_path / "c", tokenizer)
+    [labels] = corpus.sequences_of_documents(tmp_path / "c", ["a"]).labels
+    assert labels.tolist() == [-100, -100, 3, 0]
+    with pytest.raises(InputError, match=r"hub2: no column 'body'; it has \['completion', 'id', 'prompt'\]"):
+        build(hub(tmp_path / "hub2", found, text="body"), tmp_path / "c", tokenizer)
+
+
+def test_a_row_without_an_id_in_its_named_column_is_no_record(tmp_path: Path, tokenizer: Any):
+    found = [{"key": "a", "text": "w1"}, {"key": None, "text": "w2"}]
+    with pytest.raises(InputError, match="row 1: no id; give each record a string `id`"):
+        build(hub(tmp_path / "hub", found, id="key"), tmp_path / "c", tokenizer)
+
+
 def encodings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ids of the documents that are encoded from now on, beside the first ones that size the shards."""
     monkeypatch.setattr(dealing, "SIZED_BY", 1)
