@@ -37,7 +37,7 @@ class HubDataset(Settings):
 
 Documents = Annotated[
     str | HubDataset | list[str | HubDataset],
-    Field(description="Glob of .jsonl or .parquet files, a hub dataset, or a list of them."),
+    Field(description="Glob of .jsonl (or .gz, .bz2, .zst of it) or .parquet files, a hub dataset, or a list of them."),
 ]
 
 
@@ -120,7 +120,10 @@ class CorpusSettings(Settings):
         description="Target number of sequences in a shard. There are 1, 2, 4, 8... shards, so that one holds 0.7 to "
         "1.4 times as many at first, and half to twice as many while the corpus grows or shrinks.",
     )
-    skip_bad_records: bool = Field(False, description="Count and skip malformed records instead of stopping.")
+    skip_bad_records: bool = Field(
+        False,
+        description="Count and skip malformed records instead of stopping; a file without a good one stops still.",
+    )
 
 
 class CurvatureSettings(Settings):

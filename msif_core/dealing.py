@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
 
 from msif_core import records
 from msif_core.config import CorpusSettings, Documents
@@ -40,7 +38,7 @@ def partition(
     """
     spool, count, sized = folder / "spool", 0, 0
     with open(spool, "wb") as handle:
-        for record in _readable(documents, records.read_records(documents, skipped, settings.skip_bad_records)):
+        for record in records.read_records(documents, skipped, settings.skip_bad_records):
             try:
                 line = canonical_json(record).encode()
             except UnicodeEncodeError:
@@ -88,14 +86,6 @@ def related_shards(shard: int, shards: int, before: int) -> range:
     """Shards, of `before`, that may hold documents which are in this one of `shards` now."""
     step = math.gcd(shards, before)
     return range(shard % step, before, step)
-
-
-def _readable(documents: Documents, found: Iterator[records.Record]) -> Iterator[records.Record]:
-    """The records; damage met in the middle of a file is an error of the source."""
-    try:
-        yield from found
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{documents}: cannot be read ({error}); write the damaged file again") from None
 
 
 def _append_lines(held: dict[Path, list[bytes]]) -> None:

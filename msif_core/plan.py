@@ -40,6 +40,9 @@ TRAINING_SAMPLE = 512
 CHARACTERS_PER_TOKEN = 4.0
 """Of English text; used until a stage is tokenized."""
 
+SHRUNK = 3.5
+"""Size of records to that of their compressed file, of English text too."""
+
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -213,7 +216,7 @@ def corpus_size(config: Config, stage: Stage, window: int, given: int | None) ->
     sources = stage.documents if isinstance(stage.documents, list) else [stage.documents]
     try:
         found = [_estimate(source, window) for source in sources]
-    except (InputError, LookupError):
+    except LookupError:
         count = config.curvature.max_sequences
         note = f"its documents are not here: {count:,} sequences of {window} tokens assumed, see --sequences"
         return count, count * window, shard_count(count, per_shard), note
@@ -224,11 +227,20 @@ def corpus_size(config: Config, stage: Stage, window: int, given: int | None) ->
 
 
 def _estimate(source: str | HubDataset, window: int, sample: int = 500) -> tuple[int, int]:
-    """Sequences and tokens of a glob, from its first records and the files' sizes."""
+    """Sequences and tokens of a glob, from its first records and the files' sizes.
+
+    Raises:
+        LookupError: there is no file.
+        InputError: a file holds no record.
+    """
     if isinstance(source, HubDataset):
         raise LookupError(source.dataset)
+    try:
+        files = records.files_of(source)
+    except InputError as error:
+        raise LookupError(source) from error
     documents, counts, lengths, read = 0.0, 0, 0, 0
-    for path in records.files_of(source):
+    for path in files:
         texts, stored = [], 0
         for record in records.read_records(str(path), records.Skipped(), skip=True):
             texts.append(record.get("input_ids") or records.text_of(record))
@@ -238,7 +250,8 @@ def _estimate(source: str | HubDataset, window: int, sample: int = 500) -> tuple
         if path.suffix == ".parquet":
             documents += pq.ParquetFile(path).metadata.num_rows
         else:
-            documents += path.stat().st_size / max(1.0, stored / max(1, len(texts)))
+            size = path.stat().st_size * (SHRUNK if path.suffix in (".gz", ".bz2", ".zst") else 1)
+            documents += size / max(1.0, stored / max(1, len(texts)))
         tokens = [math.ceil(len(t) / (CHARACTERS_PER_TOKEN if isinstance(t, str) else 1)) for t in texts]
         counts += sum(math.ceil(n / window) for n in tokens)
         lengths += sum(tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from msif_core import storage
@@ -19,6 +21,9 @@ from msif_core.errors import InputError
 Record = dict[str, Any]
 Check = Callable[[Any], str | None]
 """What is wrong with a record, None if nothing is."""
+
+Located = Iterator[tuple[str, Any]]
+"""Records, each after where it stands."""
 
 KNOWN = {"id", "text", "source", "prompt", "completion", "input_ids", "labels", "label"}
 QUERY_FIELDS = KNOWN | {"contrast", "set"}
@@ -44,6 +49,10 @@ class Skipped:
         self.first = self.first or message
 
 
+class Unreadable(str):
+    """What is wrong with a line that holds no record."""
+
+
 def files_of(pattern: str) -> list[Path]:
     """The files a glob matches, sorted; folders that it matches too are passed over.
 
@@ -60,9 +69,8 @@ def files_of(pattern: str) -> list[Path]:
 
 def source_fingerprint(documents: Documents) -> str:
     """Digest of what the sources hold: the bytes of files, the names of datasets on the hub."""
-    sources = documents if isinstance(documents, list) else [documents]
     parts: list[Any] = []
-    for source in sources:
+    for source in _listed(documents):
         if isinstance(source, HubDataset):
             parts.append(source.model_dump())
             files = sorted(path for path in Path(source.dataset).rglob("*") if path.is_file())
@@ -81,20 +89,24 @@ def read_records(
         InputError: a malformed record (unless `skip`), a duplicate id; names file and line.
     """
     seen: dict[str, str] = {}
-    for source in documents if isinstance(documents, list) else [documents]:
-        streams = (
-            [_hub(source)] if isinstance(source, HubDataset) else [_file(p, skipped, skip) for p in files_of(source)]
-        )
-        for stream in streams:
-            for where, record in stream:
-                problem = (check or problem_of)(record)
-                if problem is None and (first := seen.get(record["id"])) is not None:
-                    problem = f"id {record['id']!r} stands already at {first}; ids must differ"
-                if problem is not None:
-                    skipped.add(f"{where}: {problem}", skip)
-                    continue
-                seen[record["id"]] = where
-                yield record
+    for stream in (stream for source in _listed(documents) for stream in _streams(source)):
+        good, first_bad = False, None
+        for where, record in stream:
+            problem = str(record) if isinstance(record, Unreadable) else (check or problem_of)(record)
+            good = good or problem is None
+            if problem is None and (first := seen.get(record["id"])) is not None:
+                problem = f"id {record['id']!r} stands already at {first}; ids must differ"
+            if problem is not None:
+                first_bad = first_bad or f"{where}: {problem}"
+                skipped.add(f"{where}: {problem}", skip)
+                continue
+            seen[record["id"]] = where
+            yield record
+        if first_bad is not None and not good:
+            raise InputError(
+                f"{first_bad}; nor is any other record of it good, and corpus.skip_bad_records skips no whole file: "
+                "name files of jsonl (.gz, .bz2 or .zst as well) or Parquet"
+            )
 
 
 def check_all(records: Iterable[Record], name: str, check: Check) -> list[Record]:
@@ -183,28 +195,50 @@ def text_of(record: Record) -> str:
     return str(record.get("text", ""))
 
 
-def _file(path: Path, skipped: Skipped, skip: bool) -> Iterator[tuple[str, Any]]:
-    if path.suffix == ".parquet":
-        row = 0
-        for batch in _parquet(path).iter_batches(batch_size=4096):
-            for record in batch.to_pylist():
-                row += 1
-                yield f"{path}, row {row}", {key: value for key, value in record.items() if value is not None}
+def _listed(documents: Documents) -> Sequence[str | HubDataset]:
+    return documents if isinstance(documents, list) else [documents]
+
+
+def _streams(source: str | HubDataset) -> Iterator[Located]:
+    """The records of a dataset, or of each file that a glob matches; damage met in their middle is an error of them."""
+    if isinstance(source, HubDataset):
+        yield _undamaged(f"dataset {source.dataset}", _hub(source))
         return
-    with open(path, "rb") as handle:
+    for path in files_of(source):
+        yield _undamaged(str(path), _rows(path) if path.suffix == ".parquet" else _lines(path))
+
+
+def _undamaged(name: str, found: Located) -> Located:
+    try:
+        yield from found
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{name}: cannot be read ({error}); write the damaged file again") from None
+
+
+def _rows(path: Path) -> Located:
+    row = 0
+    for batch in _parquet(path).iter_batches(batch_size=4096):
+        for record in batch.to_pylist():
+            row += 1
+            yield f"{path}, row {row}", {key: value for key, value in record.items() if value is not None}
+
+
+def _lines(path: Path) -> Located:
+    """The lines of a jsonl file; one that is compressed is known by its name (.gz, .bz2, .zst)."""
+    with io.BufferedReader(pa.input_stream(path)) as handle:
         for number, line in enumerate(handle, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                yield where, json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                skipped.add(f"{where}: not UTF-8 ({error.reason}); re-encode the file", skip)
-            except json.JSONDecodeError as error:
-                skipped.add(
-                    f"{where}: not valid JSON ({error.msg}); mend the line or set corpus.skip_bad_records",
-                    skip,
-                )
+            if line.strip():
+                yield f"{path}:{number}", _parsed(line)
+
+
+def _parsed(line: bytes) -> Any:
+    """What a line says, `Unreadable` if it is no JSON."""
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Unreadable(f"not UTF-8 ({error.reason}); re-encode the file")
+    except json.JSONDecodeError as error:
+        return Unreadable(f"not valid JSON ({error.msg}); mend the line or set corpus.skip_bad_records")
 
 
 def _parquet(path: Path) -> pq.ParquetFile:
@@ -214,7 +248,7 @@ def _parquet(path: Path) -> pq.ParquetFile:
         raise InputError(f"{path}: not a readable Parquet file ({error}); write it again") from None
 
 
-def _hub(source: HubDataset) -> Iterator[tuple[str, Record]]:
+def _hub(source: HubDataset) -> Located:
     import datasets
 
     try:

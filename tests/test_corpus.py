@@ -71,6 +71,15 @@ def test_jsonl_parquet_and_datasets_give_the_same_shards(tmp_path: Path, tokeniz
     assert build(sources[2], tmp_path / "c2", tokenizer) != built[2], "a folder that a dataset is read from changed"
 
 
+@pytest.mark.parametrize(("name", "codec"), [("gz", "gzip"), ("bz2", "bz2"), ("zst", "zstd")])
+def test_compressed_files_are_read_as_what_they_hold(tmp_path: Path, tokenizer: Any, name: str, codec: str):
+    plain = write_jsonl(tmp_path / "a.jsonl", documents(12))
+    with pa.CompressedOutputStream(f"{plain}.{name}", codec) as stream:
+        stream.write(Path(plain).read_bytes())
+    built = [build(path, tmp_path / f"c{i}", tokenizer) for i, path in enumerate((plain, f"{plain}.{name}"))]
+    assert built[0]["fingerprint"] == built[1]["fingerprint"]
+
+
 def hub(folder: Path, records: list[dict[str, Any]], **columns: str) -> HubDataset:
     """A dataset of these rows in a folder."""
     folder.mkdir()

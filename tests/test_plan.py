@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,15 @@ def test_files_are_estimated_from_their_first_records(tmp_path: Path) -> None:
     assert stage.assumed == "estimated from the size of its files"
 
 
+def test_compressed_files_hold_more_than_their_size(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "data" / "pretrain" / "wordnet.jsonl").read_bytes()
+    (tmp_path / "texts.jsonl.gz").write_bytes(gzip.compress(text))
+    config = config_of(tmp_path, "bigscience/bloom-560m", corpus={"max_length": 512})
+    source = config.stages[0].model_copy(update={"documents": str(tmp_path / "*.gz")})
+    stage = plan.make_plan(config.model_copy(update={"stages": [source]}), "h100").stages[0]
+    assert stage.sequences == pytest.approx(text.count(b"\n"), rel=0.5)
+
+
 @pytest.mark.parametrize("parallel", [True, False])
 @pytest.mark.parametrize("first", [0, 8, 15])
 def test_a_pass_takes_the_operations_that_torch_counts(parallel: bool, first: int) -> None:
@@ -123,6 +133,10 @@ def test_what_cannot_be_planned_is_named(tmp_path: Path) -> None:
         plan.make_plan(config_of(tmp_path, "bigscience/bloom-560m"), "h100", {"finetune": 1})
     with pytest.raises(InputError, match="--sequences pretrain=0: a stage has one sequence at least"):
         plan.make_plan(config_of(tmp_path, "bigscience/bloom-560m"), "h100", {"pretrain": 0})
+    (tmp_path / "texts.jsonl").write_text("no record\n")
+    with pytest.raises(InputError, match=r"texts.jsonl:1: not valid JSON"):
+        plan.make_plan(config_of(tmp_path, "bigscience/bloom-560m"), "h100")
+    (tmp_path / "texts.jsonl").unlink()
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(InputError, match=r"\*.jsonl: no document in it"):
         plan.make_plan(config_of(tmp_path, "bigscience/bloom-560m"), "h100")

@@ -1,6 +1,8 @@
 """Bad sources: a message for each kind that names the file, the record and the mend."""
 
+import gzip
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from msif_core import corpus
+import tasks.corpus
+import tasks.progress
+from msif_core import corpus, records
 from msif_core.errors import InputError
+from tests.tiny_project import change
 from tests.words import build, documents, read_all, word_tokenizer, write_jsonl
 
 
@@ -58,6 +63,57 @@ def test_invalid_utf8_names_the_line(tmp_path: Path, tokenizer: Any):
     path.write_bytes(json.dumps(GOOD).encode() + b'\n{"id": "a", "text": "\xff\xfe"}\n')
     with pytest.raises(InputError, match=r"bad.jsonl:2: not UTF-8 \(.*\); re-encode the file"):
         build(str(path), tmp_path / "c", tokenizer)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"id,text\na,w1\nb,w2\n", r"not valid JSON \(.*\)"),
+        (gzip.compress(json.dumps(GOOD).encode()), "not UTF-8"),
+        (b'{"text": "w1"}\n{"text": "w2"}\n', "no id; give each record a string `id`"),
+    ],
+    ids=["csv", "gzip", "without ids"],
+)
+def test_a_file_without_a_good_record_is_not_skipped(
+    tmp_path: Path, tokenizer: Any, content: bytes, problem: str, skip: bool
+):
+    good, bad = write_jsonl(tmp_path / "a.jsonl", [GOOD]), tmp_path / "b.csv"
+    bad.write_bytes(content)
+    wanted = rf"b.csv:1: {problem}" + (
+        ".*; nor is any other record of it good, .*: name files of jsonl" if skip else ""
+    )
+    with pytest.raises(InputError, match=wanted):
+        build([good, str(bad)], tmp_path / "c", tokenizer, skip_bad_records=skip)
+
+
+def test_a_file_of_records_that_stand_already_is_skipped(tmp_path: Path, tokenizer: Any):
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", [GOOD]) for name in "ab"]
+    assert build(paths, tmp_path / "c", tokenizer, skip_bad_records=True)["skipped"]["count"] == 1
+
+
+@pytest.mark.parametrize("part", [slice(20, None), slice(-20)])
+def test_a_damaged_compressed_file_is_named(tmp_path: Path, part: slice):
+    content = gzip.compress(b"".join(b'{"id": "%d", "text": "w1"}\n' % number for number in range(999)))
+    (tmp_path / "a.jsonl.gz").write_bytes(content[part])
+    with pytest.raises(InputError, match=r"a.jsonl.gz: cannot be read \(.*\); write the damaged file again"):
+        records.read_list(tmp_path / "a.jsonl.gz")
+
+
+def test_how_many_records_were_skipped_is_told(
+    project: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    config = change(project, corpus={"skip_bad_records": True}).config
+    with open(project.parent / "documents.jsonl", "a") as handle:
+        handle.write("{\n[]\n")
+    monkeypatch.setattr(tasks.corpus, "get_run_logger", lambda: logging.getLogger("run"))
+    monkeypatch.setattr(tasks.progress, "step", lambda _name: lambda _done, _total: None)
+    for _ in range(2):
+        caplog.clear()
+        tasks.corpus.tokenize.fn(config, "pretrain")
+        [message] = caplog.messages
+        assert message.startswith("pretrain: 2 records skipped, the first: ")
+        assert "documents.jsonl:49: not valid JSON" in message
 
 
 def test_a_glob_that_matches_nothing(tmp_path: Path, tokenizer: Any):
