@@ -209,10 +209,16 @@ def _streams(source: str | HubDataset) -> Iterator[Located]:
 
 
 def _undamaged(name: str, found: Located) -> Located:
+    """The records, a null in them being a field that is absent."""
     try:
-        yield from found
+        for where, record in found:
+            yield where, _without_nulls(record) if isinstance(record, dict) else record
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{name}: cannot be read ({error}); write the damaged file again") from None
+
+
+def _without_nulls(record: Record) -> Record:
+    return {key: value for key, value in record.items() if value is not None}
 
 
 def _rows(path: Path) -> Located:
@@ -220,7 +226,7 @@ def _rows(path: Path) -> Located:
     for batch in _parquet(path).iter_batches(batch_size=4096):
         for record in batch.to_pylist():
             row += 1
-            yield f"{path}, row {row}", {key: value for key, value in record.items() if value is not None}
+            yield f"{path}, row {row}", record
 
 
 def _lines(path: Path) -> Located:

@@ -13,6 +13,7 @@ import pytest
 import tasks.corpus
 import tasks.progress
 from msif_core import corpus, records
+from msif_core.config import HubDataset
 from msif_core.errors import InputError
 from tests.tiny_project import change
 from tests.words import build, documents, read_all, word_tokenizer, write_jsonl
@@ -33,7 +34,7 @@ BAD = {
     '{"id": "a", "prompt": "w1"}': r"bad.jsonl:2: prompt without a completion; give both as text",
     '{"id": "a", "input_ids": [1, 2], "labels": [1]}': r"bad.jsonl:2: input_ids and labels must have the same length",
     '{"id": "a", "input_ids": 5}': r"bad.jsonl:2: input_ids must be a list of tokens, whole numbers from 0 to 21474",
-    '{"id": "a", "input_ids": null}': r"bad.jsonl:2: input_ids must be a list of tokens",
+    '{"id": "a", "input_ids": null}': r"bad.jsonl:2: neither text, nor prompt and completion, nor input_ids; give",
     '{"id": "a", "input_ids": []}': r"bad.jsonl:2: input_ids must be a list of tokens",
     '{"id": "a", "input_ids": ["w1"]}': r"bad.jsonl:2: input_ids must be a list of tokens",
     '{"id": "a", "input_ids": [1, -2]}': r"bad.jsonl:2: input_ids must be a list of tokens",
@@ -133,6 +134,20 @@ def test_a_folder_is_no_file(tmp_path: Path, tokenizer: Any):
 def test_given_tokens_may_have_a_prompt_to_read(tmp_path: Path):
     build(write_jsonl(tmp_path / "a.jsonl", [{"id": "a", "prompt": "Why?", "input_ids": [1, 2]}]), tmp_path / "c", None)
     assert corpus.rows_of_documents(tmp_path / "c", ["a"], ["text"]) == {"a": {"document_id": "a", "text": "Why?"}}
+
+
+def test_null_is_absent(tmp_path: Path, tokenizer: Any):
+    odd = {"prompt": None, "completion": None, "input_ids": None, "labels": None, "source": None, "year": None}
+    build(write_jsonl(tmp_path / "a.jsonl", [GOOD | odd]), tmp_path / "a", tokenizer)
+    (tmp_path / "hub").mkdir()
+    write_jsonl(tmp_path / "hub" / "train.jsonl", [GOOD | {"other": None}, {"id": "b", "text": None}])
+    source = HubDataset(dataset=str(tmp_path / "hub"), id="id")
+    build(source, tmp_path / "b", tokenizer, skip_bad_records=True)
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        assert read_all(folder) == {"good": [[1, 2, 3, 0]]}
+        assert corpus.read_documents(folder)["metadata"].to_pylist() == ["{}"]
+    with pytest.raises(InputError, match="row 1: neither text, nor prompt and completion"):
+        build(source, tmp_path / "b", tokenizer)
 
 
 def test_an_empty_source(tmp_path: Path, tokenizer: Any):
