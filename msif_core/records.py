@@ -59,6 +59,8 @@ def files_of(pattern: str) -> list[Path]:
     Raises:
         InputError: it matches none, or is a folder itself.
     """
+    if Path(pattern).is_file():  # brackets in its name are no pattern
+        return [Path(pattern)]
     if Path(pattern).is_dir():
         raise InputError(f"{pattern}: a folder; name its files, for example {Path(pattern) / '*.jsonl'}")
     found = sorted(path for path in map(Path, glob(pattern, recursive=True)) if not path.is_dir())
@@ -243,8 +245,10 @@ def _parsed(line: bytes) -> Any:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return Unreadable(f"not UTF-8 ({error.reason}); re-encode the file")
-    except json.JSONDecodeError as error:
-        return Unreadable(f"not valid JSON ({error.msg}); mend the line or set corpus.skip_bad_records")
+    except (ValueError, RecursionError) as error:  # syntax, a number of too many digits, brackets nested too deep
+        return Unreadable(
+            f"not valid JSON ({getattr(error, 'msg', error)}); mend the line or set corpus.skip_bad_records"
+        )
 
 
 def _parquet(path: Path) -> pq.ParquetFile:

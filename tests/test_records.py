@@ -27,6 +27,8 @@ def tokenizer() -> Any:
 GOOD = {"id": "good", "text": "w1 w2 w3"}
 BAD = {
     '{"id": "a", "text": ': r"bad.jsonl:2: not valid JSON .*; mend the line or set corpus.skip_bad_records",
+    f'{{"id": "a", "text": "w1", "n": {"7" * 5000}}}': r"bad.jsonl:2: not valid JSON .*5000 digits.*; mend the line",
+    f'{{"id": "a", "text": "w1", "n": {"[" * 100_000}': r"bad.jsonl:2: not valid JSON .*recursion depth.*; mend",
     "[1, 2]": r"bad.jsonl:2: not a JSON object; write one \{...\} a line",
     '{"text": "w1"}': r"bad.jsonl:2: no id; give each record a string `id`",
     '{"id": "a"}': r"bad.jsonl:2: neither text, nor prompt and completion, nor input_ids; give one of them",
@@ -47,7 +49,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("line", "message"), BAD.items())
+@pytest.mark.parametrize(("line", "message"), BAD.items(), ids=[line[:50] for line in BAD])
 def test_bad_records_stop_with_file_line_and_mend_or_are_counted(
     tmp_path: Path, tokenizer: Any, line: str, message: str
 ):
@@ -120,6 +122,12 @@ def test_how_many_records_were_skipped_is_told(
 def test_a_glob_that_matches_nothing(tmp_path: Path, tokenizer: Any):
     with pytest.raises(InputError, match=r"none-\*.jsonl: no file matches"):
         build(str(tmp_path / "none-*.jsonl"), tmp_path / "c", tokenizer)
+
+
+def test_a_file_with_brackets_in_its_name_is_that_file(tmp_path: Path):
+    path = write_jsonl(tmp_path / "texts [1].jsonl", [GOOD])
+    write_jsonl(tmp_path / "texts 1.jsonl", [{"id": "other", "text": "w1"}])
+    assert records.read_list(Path(path)) == [GOOD]
 
 
 def test_a_folder_is_no_file(tmp_path: Path, tokenizer: Any):
