@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from msif_core import corpus, index, scoring, storage
 from msif_core.answer_tables import Tables
 from msif_core.batching import Sequences
 from msif_core.contributions import add_contributions
+from msif_core.dealing import canonical_json
 from msif_core.errors import InputError
 from msif_core.lexical import LexicalIndex
 from msif_core.queries import Queries
@@ -245,7 +245,7 @@ def add_queries(tables: Tables, pipeline: Pipeline, queries: Queries) -> None:
                 queries.prompts[q],
                 queries.completions[q],
                 sum(weight * losses[row] for row, weight in measurement.items()),
-                json.dumps(queries.metadata[q], sort_keys=True),
+                canonical_json(queries.metadata[q]),
                 queries.generated[q],
                 queries.contrasts[q],
                 queries.members[q],

@@ -284,6 +284,18 @@ def _row(source: HubDataset, number: int, row: Record) -> Record:
 
 def read_list(source: Path | Sequence[Record], check: Check = problem_of) -> list[Record]:
     """Records of a jsonl file or of a Python list, checked."""
+
+    def whole(record: Any) -> str | None:
+        return check(record) or ("a lone surrogate is no text; re-encode it" if _has_lone_surrogate(record) else None)
+
     if isinstance(source, str | Path):
-        return list(read_records(str(source), Skipped(), check=check))
-    return check_all(source, "records", check)
+        return list(read_records(str(source), Skipped(), check=whole))
+    return check_all(source, "records", whole)
+
+
+def _has_lone_surrogate(record: Record) -> bool:
+    try:
+        json.dumps(record, ensure_ascii=False, default=str, skipkeys=True).encode()
+    except UnicodeEncodeError:
+        return True
+    return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,13 @@ def with_settings(pipeline: Pipeline, section: str, **changes: Any) -> Pipeline:
     config = pipeline.config
     changed = getattr(config, section).model_copy(update=changes)
     return Pipeline(Config.model_validate({**config.model_dump(), section: changed.model_dump()}))
+
+
+def test_odd_metadata_of_a_query_is_kept_as_json(pipeline: Pipeline) -> None:
+    odd = {"when": date(2020, 1, 2), "x": float("nan"), "topic": "toys"}
+    found = pipeline.attribute([QUERIES[1] | odd], top_k=1)
+    [metadata] = pq.read_table(found.folder / "queries.parquet")["metadata"].to_pylist()
+    assert json.loads(metadata) == {"when": "2020-01-02", "x": None, "topic": "toys"}
 
 
 # -- questions ----------------------------------------------------------------------------------------
