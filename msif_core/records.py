@@ -149,6 +149,9 @@ def query_problem_of(record: Any) -> str | None:
     names = [named] if isinstance(named, str) else named
     if named is not None and not (isinstance(names, list) and names and all(isinstance(n, str) and n for n in names)):
         return "set must be a name, or a list of names"
+    gold = record.get("gold_doc_ids")
+    if gold is not None and not (isinstance(gold, list) and all(isinstance(name, str) for name in gold)):
+        return "gold_doc_ids must be a list of documents' ids, each as text"
     return None
 
 

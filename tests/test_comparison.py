@@ -62,6 +62,11 @@ def test_a_query_that_shares_no_word_counts_for_the_other_methods(pipeline: Pipe
             r"queries.jsonl, query 'q': the comparison takes neither contrasts nor sets; remove it",
         ),
         ({"set": "s"}, r"queries.jsonl, query 's': the comparison takes neither contrasts nor sets; remove it"),
+        (
+            {"gold_doc_ids": ["d00", "e1", "e2", "e3", "e4"]},
+            r"queries.jsonl, query 'q': stage 'pretrain' has no document of 4 gold_doc_ids, the first: "
+            r"\['e1', 'e2', 'e3'\]; correct the ids, or add the documents",
+        ),
         ({"gold_doc_ids": []}, r"queries.jsonl: no query has gold_doc_ids; give some the ids of the documents that"),
     ],
 )

@@ -93,6 +93,14 @@ def test_a_classification_contrasts_two_labels(tokenizer: Any) -> None:
         ({"id": "q", "text": "a b", "contrast": "c"}, "contrast must be another completion of its prompt"),
         ({"id": "q", "prompt": "a", "completion": "b", "contrast": "b"}, "contrast is the completion itself"),
         ({"id": "q", "prompt": "a", "completion": "b", "set": 3}, "set must be a name, or a list of names"),
+        (
+            {"id": "q", "text": "a b", "gold_doc_ids": "d1"},
+            "gold_doc_ids must be a list of documents' ids, each as text",
+        ),
+        (
+            {"id": "q", "text": "a b", "gold_doc_ids": [1]},
+            "gold_doc_ids must be a list of documents' ids, each as text",
+        ),
         ({"id": "q", "prompt": "a \ud800"}, "record 1: a lone surrogate is no text; re-encode it"),
         ({"id": "q", "text": "a b", "by": ["\udfff"]}, "record 1: a lone surrogate is no text; re-encode it"),
         ({"id": "q", "prompt": "a", "completion": "b", "set": "q"}, "set 'q' has the name of a query"),

@@ -20,6 +20,9 @@ from msif_core.retrieval import FloatArray, by_document
 TOP = 10
 SEED = 0
 
+SHOWN = 3
+"""Ids in a message."""
+
 
 def _silent(done: int, total: int) -> None:
     """The progress callback of those who want none."""
@@ -43,7 +46,8 @@ def compare(pipeline: Pipeline, learning_rate: float, progress: Callable[[int, i
     are None, and `no_tail_patch` says why.
 
     Raises:
-        InputError: there are no held-out queries, none has a gold document, or one is a contrast or a set.
+        InputError: there are no held-out queries, none has a gold document, one has another than the corpus
+            holds, or is a contrast or a set.
     """
     queries = _asked(pipeline)
     documents, influence, dot = exact_document_scores(pipeline)
@@ -105,7 +109,24 @@ def _asked(pipeline: Pipeline) -> Queries:
         raise InputError(
             f"{source}: no query has gold_doc_ids; give some the ids of the documents that state their answer"
         )
+    _check_gold(pipeline, queries, source)
     return queries
+
+
+def _check_gold(pipeline: Pipeline, queries: Queries, source: str) -> None:
+    """Refuse gold documents that the corpus lacks, which no method could find."""
+    asking = {
+        name: query
+        for query, metadata in zip(queries.ids, queries.metadata, strict=True)
+        for name in metadata.get("gold_doc_ids", [])
+    }
+    known = corpus.rows_of_documents(pipeline.corpus_version(pipeline.target), list(asking), [])
+    lacking = [name for name in asking if name not in known]
+    if lacking:
+        raise InputError(
+            f"{source}, query {asking[lacking[0]]!r}: stage {pipeline.target!r} has no document of {len(lacking)} "
+            f"gold_doc_ids, the first: {lacking[:SHOWN]}; correct the ids, or add the documents"
+        )
 
 
 def _no_tail_patch(pipeline: Pipeline) -> str | None:
