@@ -81,6 +81,18 @@ def test_bases_are_orthonormal_and_lambda_is_a_mean_over_sequences(
     torch.testing.assert_close(f.unrotate(f.rotate(V)), V, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("arch", "task", "expected"), [("llama", "causal_lm", 4), ("bert", "classification", 1)])
+def test_targets_are_the_labels_that_are_predicted(arch: str, task: str, expected: int, tmp_path: Path) -> None:
+    """Of six tokens the first five have labels, and nothing predicts the first."""
+    model = make_model(arch, 0, task, torch.float32)
+    sequences = make_sequences(3, 1, task, (6, 7), prompt=0)
+    job = Fit(model, tracked_maps(model, CurvatureSettings())[:1], tmp_path, task, 0, 40, 1.0)
+    job.covariances(0, sequences)
+    job.eigenbases(0, 1, torch.device("cpu"))
+    job.eigenvalues(0, sequences)
+    assert Factors.open(job.finish(1)).mean_targets == expected
+
+
 def test_shards_may_finish_in_any_order(model: Any, maps: list[TrackedMap], whole: Factors, tmp_path: Path) -> None:
     assert same(run(model, maps, tmp_path, order=(1, 0)), whole)
 

@@ -158,7 +158,8 @@ class Fit:
         def build(temporary: Path) -> None:
             kept, found = self._finite(part, sequences, lambda kept: sums(self.groups[group], kept))
             found["sequences"] = torch.tensor(len(kept))
-            found["targets"] = torch.tensor(sum(int((labels != IGNORED).sum()) for labels in kept.labels))
+            first = 0 if self.task == "classification" else 1  # nothing predicts a text's first token
+            found["targets"] = torch.tensor(sum(int((labels[first:] != IGNORED).sum()) for labels in kept.labels))
             write_tensors(temporary, found)
 
         return storage.build_once(self._file(kind, part, group), build)
