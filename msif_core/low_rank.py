@@ -62,10 +62,10 @@ def joined(first: LowRank | None, second: LowRank) -> LowRank:
 
 
 def relative_error(queries: Mapping[str, LowRank]) -> npt.NDArray[np.float64]:
-    """Norm of what all maps' cuts leave out over the norm of the whole gradient, [Q]."""
+    """Norm of what all maps' cuts leave out over the norm of the whole gradient, [Q]; 0 where that is 0."""
     lost = torch.stack([q.lost.cpu() for q in queries.values()]).sum(dim=0)
     squares = torch.stack([q.squares.cpu() for q in queries.values()]).sum(dim=0)
-    return (lost / squares).sqrt().numpy()
+    return torch.where(squares > 0, lost / squares, 0).sqrt().numpy()
 
 
 def score_low_rank(

@@ -70,6 +70,14 @@ def test_a_cut_is_the_same_every_time_and_leaves_the_generator_alone() -> None:
     assert torch.equal(state, torch.random.get_rng_state())
 
 
+def test_a_query_without_a_gradient_loses_nothing() -> None:
+    V = torch.randn(2, 1, 20, 30)
+    V[0] = 0
+    error = low_rank.relative_error({"map": low_rank.cut(V, 4)})
+    assert error[0] == 0
+    assert error[1] > 0
+
+
 def test_recall_measured_by_cut_queries(tmp_path: Path) -> None:
     """Full rank gives the exact scores again, a low one says what it lost."""
     config = Config.load(write_project(tmp_path))
