@@ -75,6 +75,12 @@ def print_retraining(result: dict[str, Any], console: Console) -> None:
     console.print(f"Plot:   {result['folder']}/lds.png")
 
 
+def _signed(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:+.3f}" if error is None else f"{value:+.3f} ± {error:.3f}"
+
+
 def print_comparison(result: dict[str, Any], console: Console) -> None:
     """Fact tracing and tail-patch, one row a method."""
     title = f"{result['queries']} questions with a known source document"
@@ -83,10 +89,7 @@ def print_comparison(result: dict[str, Any], console: Console) -> None:
     )
     for row in result["methods"]:
         traced = ["–", "–"] if row["mrr"] is None else [f"{row['mrr']:.2f}", f"{row['recall_at_10']:.2f}"]
-        changes = [
-            "–" if row[name] is None else f"{row[name]:+.3f} ± {row[f'{name}_error']:.3f}"
-            for name in ("loss_change", "against_random")
-        ]
+        changes = [_signed(row[name], row[f"{name}_error"]) for name in ("loss_change", "against_random")]
         table.add_row(row["method"], *traced, *changes)
     console.print(table)
     if result["no_tail_patch"]:

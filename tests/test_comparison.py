@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import transformers
+from rich.console import Console
 
+from flows.show_results import print_comparison
 from msif_core.config import Config
 from msif_core.errors import InputError
-from msif_core.evaluation.comparison import compare
+from msif_core.evaluation.comparison import _mean_and_error, compare
 from msif_core.pipeline import Pipeline
 from tests.tiny_project import WORDS, asked, write_project, write_records
 
@@ -38,6 +42,23 @@ def held_out(pipeline: Pipeline) -> list[dict[str, Any]]:
 
 def by_method(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["method"]: row for row in result["methods"]}
+
+
+def test_the_error_is_that_of_the_mean_of_a_few_queries_and_none_of_one() -> None:
+    """Over many draws the squared error is the mean's variance, here 1/3."""
+    drawn = np.random.default_rng(0).normal(size=(4000, 3))
+    squares = [_mean_and_error(row)[1] ** 2 for row in drawn]  # type: ignore[operator]
+    assert np.mean(squares) == pytest.approx(1 / 3, rel=0.05)
+    assert _mean_and_error(np.array([0.7, np.nan])) == (0.7, None)
+    assert _mean_and_error(np.array([np.nan])) == (None, None)
+
+
+def test_one_query_is_shown_without_an_error(pipeline: Pipeline, tmp_path: Path) -> None:
+    result = compare(asking(pipeline, tmp_path, held_out(pipeline)[0]), 0.02)
+    assert by_method(result)["multi-stage influence"]["loss_change_error"] is None
+    console = Console(file=io.StringIO(), width=200)
+    print_comparison(result, console)
+    assert "±" not in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_query_that_shares_no_word_counts_for_the_other_methods(pipeline: Pipeline, tmp_path: Path) -> None:

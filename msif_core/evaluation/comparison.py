@@ -157,7 +157,8 @@ def _tail_patch(
     )
 
 
-def _mean_and_error(changes: Changes) -> tuple[float, float] | tuple[None, None]:
-    """Of the queries that have a change; None where none has."""
+def _mean_and_error(changes: Changes) -> tuple[float | None, float | None]:
+    """Of the queries that have a change: no mean where none has, no error where one has."""
     found = changes[np.isfinite(changes)]
-    return (float(found.mean()), float(found.std() / np.sqrt(len(found)))) if len(found) else (None, None)
+    mean = float(found.mean()) if len(found) else None
+    return mean, float(found.std(ddof=1) / np.sqrt(len(found))) if len(found) > 1 else None
