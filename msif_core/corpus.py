@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -196,6 +196,14 @@ def read_rows(paths: Sequence[Path], rows_of: Callable[[list[str]], npt.NDArray[
     return _sequences(pa.concat_tables([table.take(rows) for table, rows in tables]))
 
 
+def take_rows(places: Iterable[tuple[Path, int]]) -> Sequences:
+    """The sequences at (shard file, row), in the order of files and rows."""
+    rows: dict[Path, list[int]] = {}
+    for path, row in sorted(places):
+        rows.setdefault(path, []).append(row)
+    return _sequences(pa.concat_tables([read_table(path).take(found) for path, found in rows.items()]))
+
+
 def _sequences(table: pa.Table) -> Sequences:
     def lists(name: str) -> list[npt.NDArray[np.int32]]:
         column = table[name].combine_chunks()
@@ -212,6 +220,12 @@ def _sequences(table: pa.Table) -> Sequences:
 def fingerprints(path: Path) -> list[str]:
     """Fingerprints of a shard file's sequences, in row order."""
     return list(read_table(path, ["fingerprint"])["fingerprint"].to_pylist())
+
+
+def names(path: Path) -> tuple[list[str], list[str]]:
+    """Fingerprints and document ids of a shard file's sequences, in row order."""
+    table = read_table(path, ["fingerprint", "document_id"])
+    return table["fingerprint"].to_pylist(), table["document_id"].to_pylist()
 
 
 def rows_of(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

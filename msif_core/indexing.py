@@ -5,7 +5,9 @@ Every step writes a file that is named by all it was made from, and returns the 
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -260,18 +262,18 @@ class Indexing(Stages):
 
     def measure_drift(self) -> dict[str, Any]:
         """How far the attributed stage's pinned factors have drifted from its corpus, on a sample."""
-        drawn: dict[str, Path] = {}
+        drawn: list[tuple[str, Path, int]] = []
         for path in self.shards(self.target):  # no more is held than a shard and the sample so far
-            drawn = dict.fromkeys(corpus.fingerprints(path), path) | drawn
-            drawn = {name: drawn[name] for name in drift.sample(drawn, self.config.index.drift_sample)}
-        paths = sorted(set(drawn.values()))
-        if not paths:
+            found = drift.keys(*corpus.names(path))
+            rows = ((key, path, row) for row, key in enumerate(found))
+            drawn = heapq.nsmallest(self.config.index.drift_sample, chain(drawn, rows))
+        if not drawn:
             return {}
         return drift.measure_drift(
             self.model(self.target),
             self.maps(self.target),
             self.factors(self.target),
-            corpus.read_rows(paths, lambda names: np.flatnonzero([name in drawn for name in names])),
+            corpus.take_rows([(path, row) for _, path, row in drawn]),
             task=self.config.stage(self.target).task,
             seed=self.config.curvature.seed,
             batch_tokens=self.batch_tokens,

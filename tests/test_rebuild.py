@@ -190,12 +190,20 @@ def test_drift_is_noise_at_first_and_grows_with_the_corpus(project: Path) -> Non
     assert first["sequences"] == 48
     assert first["difference"] < 3 * first["noise"]
     assert first["trace"] == pytest.approx(1, abs=0.5)
-    rewrite(project, 1, **{f"x{i}": "reed " * 20 for i in range(60)})
+    rewrite(project, 1, **{f"x{i}": str(i) for i in range(1000, 1060)})  # short and all different
     second = manifest(pipeline.run())["drift"]
     assert second["difference"] > 2 * first["difference"]
     assert second["difference"] > 3 * second["noise"]
     assert set(second["maps"]) == {m.name for m in pipeline.maps("pretrain")}
     assert manifest(change(project, index={"drift_sample": 0}).run())["drift"] == {}
+
+
+def test_copies_of_a_document_are_no_drift_and_no_more_than_their_share(project: Path) -> None:
+    """Their labels are drawn once, so that the noise is that of one document, and not of as many."""
+    rewrite(project, **{f"copy{i}": "kite kite gull kite gull kite" for i in range(60)})
+    drift = manifest(change(project, index={"drift_sample": 40}, curvature={"seed": 1}).run())["drift"]
+    assert drift["sequences"] == 40
+    assert drift["difference"] < 3 * drift["noise"]
 
 
 def test_the_trace_is_the_mean_squared_gradient(project: Path) -> None:
