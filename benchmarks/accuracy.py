@@ -233,8 +233,8 @@ def main() -> None:
     print_sweep(curves)
     losses = subsets.losses
     if len(losses.first) > 1:
-        averaged = len(losses.first) == len(losses.masks)
-        ceiling, error = noise_ceiling(losses.first[:, 1::2], losses.second[:, 1::2], averaged)
+        repeated = len(losses.first) / len(losses.masks)
+        ceiling, error = noise_ceiling(losses.first[:, 1::2], losses.second[:, 1::2], repeated)
         console.print(f"Noise ceiling of the reporting half's queries: {ceiling:.3f} ± {error:.3f}")
     path = retraining.folder / "sweep.png"
     plot_sweep(curves, path)

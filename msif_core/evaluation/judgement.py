@@ -126,9 +126,9 @@ def judge(retraining: Retraining, scores: Scores) -> dict[str, Any]:
             if method != BEST and BEST in per_query:
                 against = paired_difference(per_query[BEST][kept], found[kept])
                 note(method, "lds_multi_stage_minus_this", group, int(kept.sum()), *against)
-    averaged = len(losses.first) == len(losses.masks)
+    repeated = len(losses.first) / len(losses.masks)
     for group, kept in groups.items() if len(losses.first) > 1 else ():
-        ceiling = noise_ceiling(losses.first[:, kept], losses.second[:, kept], averaged)
+        ceiling = noise_ceiling(losses.first[:, kept], losses.second[:, kept], repeated)
         note("noise ceiling", "lds", group, int(kept.sum()), *ceiling)
     if gold.any():
         names = [list(data.get("gold_doc_ids", [])) for data in queries.metadata]

@@ -68,15 +68,17 @@ def paired_difference(first: npt.ArrayLike, second: npt.ArrayLike, seed: int = 0
     return mean_and_error(np.asarray(first, np.float64) - np.asarray(second, np.float64), seed)
 
 
-def noise_ceiling(first: npt.ArrayLike, second: npt.ArrayLike, averaged: bool = False) -> tuple[float, float]:
+def noise_ceiling(first: npt.ArrayLike, second: npt.ArrayLike, repeated: float = 0.0) -> tuple[float, float]:
     """The score that a perfect predictor of the mean over seeds would have, and its standard error.
 
-    The square root of the agreement between two seeds' losses [R, Q] of the same subsets, averaged over queries.
-    That is the ceiling against one seed's losses; against the two seeds' mean, whose agreement with another such
-    mean is 2r / (1 + r) (Spearman and Brown), where `averaged`.
+    With r the agreement between two seeds' losses [R, Q] of the same subsets, averaged over queries, it is sqrt(r)
+    against one seed's losses, and sqrt(2r / (1 + r)) against the two seeds' mean (Spearman and Brown). Where a share
+    `repeated` of all subsets has two seeds' mean, and the others have one seed's losses, it is nearly the mean of both,
+    weighted by their shares (tests/test_lds.py has a simulation).
     """
     agreement, error = mean_and_error(spearman(first, second))
-    agreement = max(agreement, 0.0)
-    reliability, slope = (2 * agreement / (1 + agreement), 2 / (1 + agreement) ** 2) if averaged else (agreement, 1.0)
-    ceiling = float(np.sqrt(reliability))
-    return ceiling, error * slope / (2 * ceiling) if ceiling else error
+    r = max(agreement, 0.0)
+    of_one, of_two = r**0.5, (2 * r / (1 + r)) ** 0.5
+    ceiling = (1 - repeated) * of_one + repeated * of_two
+    slope = (1 - repeated) / (2 * of_one) + repeated / (of_two * (1 + r) ** 2) if r else 1.0
+    return ceiling, error * slope
