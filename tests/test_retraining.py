@@ -11,11 +11,12 @@ import pytest
 
 from benchmarks import accuracy
 from msif_core import catalog
-from msif_core.config import Config
+from msif_core.config import Config, Filter
 from msif_core.curvature.filters import Damped
 from msif_core.errors import InputError
 from msif_core.evaluation import judgement
 from msif_core.evaluation.lds import datamodeling
+from msif_core.evaluation.methods import Pool, all_methods
 from msif_core.evaluation.retraining import Retraining, Run
 from msif_core.pipeline import Pipeline
 from msif_core.scoring import query_gradients, score_sequences
@@ -148,7 +149,7 @@ def judged(trained: Retraining) -> dict[str, object]:
 def test_every_method_scores_every_document(trained: Retraining, judged: dict[str, object]) -> None:
     path = judgement.score_methods(trained)
     scores = judgement.read_scores(path)
-    assert len(scores) == 11
+    assert len(scores) == 12
     assert all(table.shape == (2, 12) and np.isfinite(table).all() for table in scores.values())
     pipeline = Pipeline(trained.reference())
     expected = pipeline.score(Path(str(trained.config.queries)), trained.pool)
@@ -166,10 +167,23 @@ def test_every_method_scores_every_document(trained: Retraining, judged: dict[st
         assert [trained.pool[i]["text"].split(":")[0] for i in best] == ["anvil", "heron"]
 
 
+def test_the_configured_filters_have_a_row_of_their_own(trained: Retraining, judged: dict[str, object]) -> None:
+    """Absolute damping at one stage and an unrolled filter at the other: as the pipeline scores."""
+    filters = (Filter(damping=1e-3, relative=False, per_token_mean=True), Filter(kind="unrolled", tau=3))
+    config = trained.reference()
+    stages = tuple(s.model_copy(update={"filter": f}) for s, f in zip(config.stages, filters, strict=True))
+    config = config.model_copy(update={"stages": stages})
+    pool = Pool(config, trained.queries)
+    order = [pool.documents.index(name) for name in trained.pool_ids]
+    expected = Pipeline(config).score(Path(str(trained.config.queries)), trained.pool)
+    found = all_methods(pool)["multi-stage, as configured"][:, order]
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6 * np.abs(expected).max())
+
+
 def test_the_table_tells_every_measure_and_sql_reads_it(trained: Retraining, judged: dict[str, object]) -> None:
     told = {(m["method"], m["metric"], m["queries"]): m for m in judged["metrics"]}  # type: ignore[attr-defined]
     for metric in ("lds", "mrr", "tail_patch"):
-        assert len({key[0] for key in told if key[1] == metric} - {"noise ceiling"}) == 11
+        assert len({key[0] for key in told if key[1] == metric} - {"noise ceiling"}) == 12
     assert {key[0] for key in told if key[1] == "left_out"} == {*judgement.LEFT_OUT_METHODS, "random"}
     assert (trained.folder / "lds.png").read_bytes().startswith(b"\x89PNG")
     names = ["q4", "q5"]

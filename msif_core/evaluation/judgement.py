@@ -37,7 +37,10 @@ Scores = Mapping[str, FloatArray]
 
 
 def score_methods(retraining: Retraining) -> Path:
-    """Train the reference models, score the pool by every method; [Q, N] each, columns in the pool's order."""
+    """Train the reference models, score the pool by every method; [Q, N] each, columns in the pool's order.
+
+    Methods but that "as configured" take the first and last stage's `damping`, as relative ones, and tau 1.
+    """
 
     def build(temporary: Path) -> None:
         pool = Pool(retraining.reference(), retraining.queries)

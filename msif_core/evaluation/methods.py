@@ -21,7 +21,7 @@ from msif_core.batching import Sequences, batches
 from msif_core.capture import forward
 from msif_core.chain import Chain, FilteredStage
 from msif_core.config import Config
-from msif_core.curvature.filters import Damped, Identity, SpectralFilter, Unrolled
+from msif_core.curvature.filters import Damped, Identity, SpectralFilter, Unrolled, from_settings
 from msif_core.lexical import words
 from msif_core.queries import Queries
 from msif_core.stages import Stages
@@ -181,6 +181,13 @@ def multi_stage(pool: Pool, kind: str, first: float, later: float) -> FloatArray
     return pool.influence({name: make(later if i else first) for i, name in enumerate(above)})
 
 
+def configured(pool: Pool) -> FloatArray:
+    """Scores with each stage's filter as its settings describe it."""
+    stages = pool.stages.config.stages[pool.stages.config.attributed_index :]
+    targets = {stage.name: pool.stages.factors(stage.name).mean_targets for stage in stages}
+    return pool.influence({stage.name: from_settings(stage.filter, targets[stage.name]) for stage in stages})
+
+
 def single_stage(config: Config) -> Config:
     """The last stage's model as if it had been trained on the attributed stage's documents alone."""
     target, last = config.stage(config.attribute_to), config.stages[-1]
@@ -191,7 +198,7 @@ def single_stage(config: Config) -> Config:
 
 
 def all_methods(pool: Pool, damping: float = 0.1, alpha: float = 0.1, tau: float = 1.0) -> dict[str, FloatArray]:
-    """Every method of the comparison at one setting of its filters."""
+    """Every method of the comparison at one setting of its filters, all relative, and the filters as configured."""
     target = pool.target
     alone = Pool(single_stage(pool.stages.config), pool.queries)
     return {
@@ -206,4 +213,5 @@ def all_methods(pool: Pool, damping: float = 0.1, alpha: float = 0.1, tau: float
         "EK-FAC, query at the last stage": pool.influence({target: Damped(damping)}),
         "multi-stage, damped": multi_stage(pool, "damped", damping, alpha),
         "multi-stage, unrolled": multi_stage(pool, "unrolled", tau, tau),
+        "multi-stage, as configured": configured(pool),
     }
