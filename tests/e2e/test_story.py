@@ -108,7 +108,7 @@ def test_story(config: Path, url: str, msif: Msif) -> None:
     run = influences[0]["run_id"]
     assert (workspace / "attributions" / run / "page.html").exists()
 
-    write_records(root / "odd.jsonl", [{"id": "odd", "prompt": "[/INST] kite?", "completion": "[/b]"}])
+    write_records(root / "odd.jsonl", [{"id": "odd", "prompt": "### [/INST] kite?", "completion": "[/b]"}])
     odd = msif("attribute", config, "--queries", root / "odd.jsonl")
     assert odd.returncode == 0, odd.stderr
     assert "odd  →  [/b]" in odd.stdout, "markup is printed, not followed"
