@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from msif_core import corpus, storage
+from msif_core.curvature.factors import VERSION
 from msif_core.evaluation.facts import ranks_of_scores, trace_facts
 from msif_core.evaluation.lds import datamodeling, mean_and_error, noise_ceiling, paired_difference
 from msif_core.evaluation.methods import Pool, all_methods
@@ -52,7 +53,7 @@ def score_methods(retraining: Retraining) -> Path:
             np.savez(handle, **{name: scores[:, order] for name, scores in found.items()})  # type: ignore[arg-type]
 
     filters = storage.fingerprint([s.filter.model_dump() for s in retraining.config.stages])
-    curvature = storage.fingerprint(retraining.config.curvature.model_dump())
+    curvature = storage.fingerprint(VERSION, retraining.config.curvature.model_dump())
     return storage.build_once(retraining.folder / f"scores-{filters[:8]}{curvature[:8]}.npz", build)
 
 
