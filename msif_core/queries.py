@@ -76,11 +76,17 @@ UNCUT = 1 << 40
 
 
 def load_queries(
-    source: Path | Sequence[Record], tokenizer: Any, max_length: int, task: str, complete: Complete | None = None
+    source: Path | Sequence[Record],
+    tokenizer: Any,
+    max_length: int,
+    task: str,
+    complete: Complete | None = None,
+    cut: bool = False,
 ) -> Queries:
     """Queries of a jsonl file or of a list of records, in their order, and after them the sets that they name.
 
-    A prompt without a completion is continued by `complete`, and that answer is explained.
+    A prompt without a completion is continued by `complete`, and that answer is explained. With `cut` a prompt and
+    completion that do not fit a window are cut as training cuts its records.
 
     Raises:
         InputError: a record is malformed, there is none, or one takes more than a window.
@@ -91,7 +97,8 @@ def load_queries(
     generated = [records.lacks_completion(record) for record in found]
     found = _completed(found, generated, tokenizer, max_length, complete)
     compared = [row for row, record in enumerate(found) if record.get("contrast") is not None]
-    sequences = _one_window_each(found + [_contrast_of(found[row]) for row in compared], tokenizer, max_length, task)
+    both = found + [_contrast_of(found[row]) for row in compared]
+    sequences = _one_window_each(both, tokenizer, max_length, task, cut or task == "classification")
     measurements: list[Measurement] = [{row: 1.0} for row in range(len(found))]
     for i, row in enumerate(compared):
         measurements[row] = {row: 1.0, len(found) + i: -1.0}
@@ -168,10 +175,12 @@ def _completed(
     return found
 
 
-def _one_window_each(found: list[Record], tokenizer: Any, max_length: int, task: str) -> Sequences:
-    """Each query's one sequence, nothing of it cut away but of a text to be classified, as in training."""
-    sequences, rows = corpus.encode_list(found, tokenizer, max_length if task == "classification" else UNCUT, task)
-    lengths = dict(zip(rows.tolist(), map(len, sequences.input_ids), strict=True))
+def _one_window_each(found: list[Record], tokenizer: Any, max_length: int, task: str, cut: bool) -> Sequences:
+    """Each query's one sequence."""
+    sequences, rows = corpus.encode_list(found, tokenizer, max_length if cut else UNCUT, task)
+    lengths = dict.fromkeys(rows.tolist(), 0)
+    for row, ids in zip(rows.tolist(), sequences.input_ids, strict=True):
+        lengths[row] += len(ids)
     for row, record in enumerate(found):
         if row not in lengths:
             raise InputError(f"query {record['id']!r} has no token whose loss could be explained; give it more text")

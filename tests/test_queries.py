@@ -111,6 +111,14 @@ def test_questions_that_cannot_be_asked(tokenizer: Any, record: dict[str, Any], 
         load_queries([record], tokenizer, 8, "causal_lm")
 
 
+def test_queries_may_be_cut_as_training_cuts_its_records(tokenizer: Any) -> None:
+    record = {"id": "q", "prompt": "w1 " * 20, "completion": "w2 w3"}
+    (ids,) = load_queries([record], tokenizer, 8, "causal_lm", cut=True).sequences.input_ids
+    assert ids.tolist() == [1, 1, 1, 1, 1, 2, 3, 0]
+    with pytest.raises(InputError, match="query 'q' does not fit one window of 8 tokens"):
+        load_queries([{"id": "q", "text": "w1 " * 20}], tokenizer, 8, "causal_lm", cut=True)
+
+
 def test_a_query_id_stands_once(tokenizer: Any) -> None:
     with pytest.raises(InputError, match="record 2: id 'q1' stands already at record 1"):
         load_queries([RECORDS[1], RECORDS[1]], tokenizer, 8, "causal_lm")

@@ -178,13 +178,13 @@ class Retraining:
 
     @cached_property
     def queries(self) -> Queries:
-        """The held-out queries, in the ground truth's tokens.
+        """The held-out queries, in the ground truth's tokens, cut as the records that its models are trained on.
 
         Raises:
             InputError: a query is more than the loss of one completion.
         """
         source = Path(str(self.config.queries))
-        found = load_queries(source, self.tokenizer, self.window, "causal_lm")
+        found = load_queries(source, self.tokenizer, self.window, "causal_lm", cut=True)
         check_single(found, str(source), "retraining")
         return found
 
