@@ -43,7 +43,7 @@ def test_the_same_deployments_for_a_pool_and_for_serve() -> None:
 
 
 def test_a_path_may_hold_what_means_something_in_yaml() -> None:
-    path = Path('/tmp/a "quoted" one: #1/config.yaml')
+    path = Path('/data/a "quoted" one: #1/config.yaml')
     assert [d.parameters for d in deployments(path, "demo")] == [{"config": str(path)}] * len(
         deployments(CONFIG, "demo")
     )
