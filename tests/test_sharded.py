@@ -19,6 +19,10 @@ from tests.conftest import make_model, make_sequences
 from tests.tiny_project import write_project
 
 
+RANKS = min(2, torch.cuda.device_count()) or 2
+"""Of torchrun: processes on a CPU; on a machine with one GPU, that one over NCCL."""
+
+
 @pytest.mark.parametrize(("count", "ranks"), [(7, 2), (6, 3), (1, 2)])
 def test_shares_add_up_and_cut_the_same_batches(count: int, ranks: int) -> None:
     model = make_model("gpt_neox")
@@ -52,11 +56,11 @@ def same_sums(found: list[Path], expected: list[Path]) -> None:
 
 
 @pytest.mark.drill
-def test_two_ranks_fit_sketch_and_score_as_one_process(tmp_path: Path) -> None:
+def test_ranks_fit_sketch_and_score_as_one_process(tmp_path: Path) -> None:
     settings = json.loads(write_project(tmp_path).read_text())
     settings["index"] = {"kind": "flat"}
     one = Pipeline(Config.model_validate(settings | {"workspace": str(tmp_path / "one")}))
-    two = Pipeline(Config.model_validate(settings | {"workspace": str(tmp_path / "two"), "compute": {"ranks": 2}}))
+    two = Pipeline(Config.model_validate(settings | {"workspace": str(tmp_path / "two"), "compute": {"ranks": RANKS}}))
 
     def both(step: str, *arguments: str | int) -> tuple[list[Path], list[Path]]:
         return sharded.run_step(two.config, step, *arguments), getattr(one, step)(*arguments)
@@ -94,7 +98,7 @@ def test_a_document_that_is_not_finite_ends_the_step_with_its_name(tmp_path: Pat
     model.save_pretrained(source)
     with open(tmp_path / "documents.jsonl", "a", encoding="utf-8") as handle:  # the longest goes to rank 0
         handle.write(json.dumps({"id": "broken", "input_ids": [*range(40, 63), token]}) + "\n")
-    pipeline = Pipeline(config.model_copy(update={"compute": config.compute.model_copy(update={"ranks": 2})}))
+    pipeline = Pipeline(config.model_copy(update={"compute": config.compute.model_copy(update={"ranks": RANKS})}))
     pipeline.tokenize("pretrain")
     with pytest.raises(InputError, match=r"'broken'.*take the document out"):
         sharded.run_step(pipeline.config, "covariance_part", "pretrain", 0)

@@ -148,6 +148,7 @@ def compare(
                     notes.append(f"{name}: stopped at {step}: {error}.")
                     del sides[name]
                     continue
+                print(f"round {turn}: {name}: {step}: {answer['seconds']:.3g} s", file=sys.stderr, flush=True)
                 if turn:
                     times[name].setdefault(step, []).append(answer["seconds"])
                 seen[name]["peaks"][step] = max(answer["peak"], seen[name]["peaks"].get(step, 0))
