@@ -107,6 +107,7 @@ def _added(run: Pass, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> A
     arguments, _ = _shared(arguments)
     sums = run(*arguments, **keywords)
     for name in sorted(sums):
+        sums[name] = sums[name].contiguous()
         dist.all_reduce(sums[name])
     return sums
 

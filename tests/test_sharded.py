@@ -18,7 +18,6 @@ from msif_core.pipeline import Pipeline
 from tests.conftest import make_model, make_sequences
 from tests.tiny_project import write_project
 
-
 RANKS = min(2, torch.cuda.device_count()) or 2
 """Of torchrun: processes on a CPU; on a machine with one GPU, that one over NCCL."""
 
