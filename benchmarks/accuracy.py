@@ -66,7 +66,7 @@ class Subsets:
         masks = sequence_masks(pool, retraining, losses)
         if weights is not None:
             masks = masks * torch.from_numpy(weights.astype(np.float32))
-        sums = {name: masks @ gradients.flatten(1) for name, gradients in found.items()}
+        sums = {name: masks.to(gradients.device) @ gradients.flatten(1) for name, gradients in found.items()}
         return cls(pool, sums, losses, gold)
 
     def lds(self, filters: Mapping[str, SpectralFilter], query_model: str | None = None) -> FloatArray:

@@ -64,7 +64,7 @@ class Passes:
 
         def score(filtered: dict[str, torch.Tensor]) -> Callable[[Sequences], object]:
             return lambda sequences: scoring.score_sequences(
-                model, maps, filtered, sequences, batch_tokens, task="causal_lm"
+                model, maps, dict(filtered), sequences, batch_tokens, task="causal_lm"
             )
 
         work = Work(model, maps, size.tokens)

@@ -134,7 +134,7 @@ def _passes(config: Config, stage: Stage, model: nn.Module, sequences: Sequences
         "covariances": lambda turn: fit(turn).covariances(0, sequences),
         "eigenvalues": corrected,
         "sketches": lambda _: sketcher.documents(model, sequences, batch, budget),
-        "scores": lambda _: scoring.score_sequences(model, maps, query, sequences, batch, task=stage.task),
+        "scores": lambda _: scoring.score_sequences(model, maps, dict(query), sequences, batch, task=stage.task),
     }
 
 

@@ -99,11 +99,14 @@ def score_sequences(
     """Exact scores [Q, N]: the inner products of filtered query gradients and sequence gradients.
 
     One query is contracted with the tokens; several share the sequence's gradient, formed once.
-    """  # fmt: skip
+    Empties `filtered`: an accelerator holds each padded, and not both.
+    """
     device, dtype = next(model.parameters()).device, sum_dtype(model)
     maps = [m for m in maps if m.name in filtered]
     queries = next(iter(filtered.values())).shape[0]
-    held = {m.name: products.padded(filtered[m.name].to(device, dtype), products.width(m.d_in, device)) for m in maps}
+    held = {
+        m.name: products.padded(filtered.pop(m.name).to(device, dtype), products.width(m.d_in, device)) for m in maps
+    }
     scores = np.zeros((queries, len(sequences)), dtype=np.float64)
     formed = PerSequenceGradients(dtype, together=True)
     for batch in batches(sequences, batch_tokens, device):

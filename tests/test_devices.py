@@ -75,10 +75,10 @@ def everything(model: Any, task: str, split: str, folders: list[Path]) -> Found:
     filtered = chain.filter_all(dict(raw))
     rotated = scoring.query_gradients(model, maps, queries, factors=upper, **common)
     again = chain.filter_all(rotated, rotated=True)
-    found["scores"] = scoring.score_sequences(model, maps, filtered, documents, **common)
+    found["scores"] = scoring.score_sequences(model, maps, dict(filtered), documents, **common)
     found["scores of rotated gradients"] = scoring.score_sequences(model, maps, again, documents, **common)
     one = {name: v[:1] for name, v in filtered.items()}
-    found["scores of one query"] = scoring.score_sequences(model, maps, one, documents, **common)
+    found["scores of one query"] = scoring.score_sequences(model, maps, dict(one), documents, **common)
     by_map, by_token = scoring.contributions(model, maps, one, documents, **common)
     found["by map"] = np.array([[of[m.name] for m in maps] for of in by_map])
     found["by token"] = np.concatenate(by_token)

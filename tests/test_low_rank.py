@@ -33,7 +33,7 @@ def test_full_rank_is_exact(small_models: dict[str, Any], architecture: str, spl
     model, task = small_models[architecture], task_of(architecture)
     maps = tracked_maps(model, CurvatureSettings(qkv_split=split))  # type: ignore[arg-type]
     documents, V = make_sequences(6, 1, task), queries_of(model, maps, task, smooth=0.5)
-    whole = scoring.score_sequences(model, maps, V, documents, BATCH, task=task)
+    whole = scoring.score_sequences(model, maps, dict(V), documents, BATCH, task=task)
     cut = {name: low_rank.cut(v, 1000) for name, v in V.items()}
     found = low_rank.score_low_rank(model, maps, cut, documents, BATCH, task=task)
     np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-5 * np.abs(whole).max())
@@ -46,7 +46,7 @@ def test_a_cut_scores_as_the_matrix_that_it_is_and_says_what_it_lost(small_model
     documents, V = make_sequences(6, 1, "causal_lm"), queries_of(model, maps, "causal_lm", smooth=0.5)
     cut = {name: low_rank.cut(v, 3) for name, v in V.items()}
     product = {name: c.U @ c.W for name, c in cut.items()}
-    expected = scoring.score_sequences(model, maps, product, documents, BATCH, task="causal_lm")
+    expected = scoring.score_sequences(model, maps, dict(product), documents, BATCH, task="causal_lm")
     found = low_rank.score_low_rank(model, maps, cut, documents, BATCH, task="causal_lm")
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 

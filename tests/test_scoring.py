@@ -27,7 +27,7 @@ def test_one_query_and_several_give_the_same_scores(
     model, task = small_models[architecture], task_of(architecture)
     maps = tracked_maps(model, CurvatureSettings(qkv_split="head"))
     V, sequences = random_queries(maps, 3), make_sequences(7, task=task)
-    several = scoring.score_sequences(model, maps, V, sequences, 1000, task=task)
+    several = scoring.score_sequences(model, maps, dict(V), sequences, 1000, task=task)
     assert several.shape == (3, 7)
     assert several.dtype == np.float64
     gradients = scoring.query_gradients(model, maps, sequences, 1000, task=task)
@@ -39,7 +39,7 @@ def test_one_query_and_several_give_the_same_scores(
     monkeypatch.setattr("msif_core.curvature.gradients.CHUNK_ENTRIES", 1)
     monkeypatch.setattr("msif_core.curvature.gradients.CPU_ROWS", 5)
     np.testing.assert_allclose(
-        scoring.score_sequences(model, maps, V, sequences, 1000, task=task), several, rtol=1e-5, atol=1e-5
+        scoring.score_sequences(model, maps, dict(V), sequences, 1000, task=task), several, rtol=1e-5, atol=1e-5
     )
 
 

@@ -94,7 +94,7 @@ def test_contributions_add_up_to_the_exact_score(architecture):
     maps = models.tracked_maps(model, CurvatureSettings())
     V = {m.name: torch.randn(1, *m.shape, dtype=torch.float64) for m in maps}
     sequences = make_sequences(5, task=task)
-    exact = scoring.score_sequences(model, maps, V, sequences, 64, task=task)[0]
+    exact = scoring.score_sequences(model, maps, dict(V), sequences, 64, task=task)[0]
     by_map, by_token = scoring.contributions(model, maps, V, sequences, 64, task=task)
     np.testing.assert_allclose([sum(row.values()) for row in by_map], exact, rtol=1e-5)
     np.testing.assert_allclose([row.sum() for row in by_token], exact, rtol=1e-4)
@@ -121,6 +121,6 @@ def test_bf16_scores_stay_within_its_tolerance():
     maps = models.tracked_maps(exact, CurvatureSettings())
     V = {m.name: torch.randn(2, *m.shape) for m in maps}
     sequences = make_sequences(40)
-    a = scoring.score_sequences(exact, maps, V, sequences, 64, task="causal_lm")
+    a = scoring.score_sequences(exact, maps, dict(V), sequences, 64, task="causal_lm")
     b = scoring.score_sequences(coarse, maps, V, sequences, 64, task="causal_lm")
     assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.999
