@@ -120,6 +120,10 @@ def measure(label: str, size: inputs.Size, out: Path, quick: bool, device: str) 
             pipeline.publish_generation()
         seconds, memory = run_step(name, label, out, quick, device)
         step = planned[name]
+        told = (
+            f"{name}: {step.seconds:.3g} s planned, {seconds:.3g} s; {step.memory / 1e6:.0f} MB, {memory / 1e6:.0f} MB"
+        )
+        print(told, file=sys.stderr, flush=True)
         ratios = (step.seconds / seconds - 1, step.memory / 1e6, memory / 1e6, step.memory / memory - 1)
         rows.append([name, step.seconds, seconds, *ratios])
     rows += disk(plan, pipeline)
