@@ -17,14 +17,14 @@ import numpy.typing as npt
 from msif_core import corpus, dealing, directions, drift, generations, index, reuse, sketch, storage
 from msif_core.batching import Sequences
 from msif_core.evaluation.recall import recall_at_k
+from msif_core.exact import ExactScores
 from msif_core.lexical import LexicalIndex
 from msif_core.queries import Queries
 from msif_core.retrieval import FloatArray
 from msif_core.sketch import Sketcher
-from msif_core.stages import Stages
 
 
-class Indexing(Stages):
+class Indexing(ExactScores):
     """The stages of one configuration, and the index of the attributed one."""
 
     @property

@@ -22,9 +22,9 @@ from msif_core.capture import forward
 from msif_core.chain import Chain, FilteredStage
 from msif_core.config import Config
 from msif_core.curvature.filters import Damped, Identity, SpectralFilter, Unrolled, from_settings
+from msif_core.fitting import Fitting
 from msif_core.lexical import words
 from msif_core.queries import Queries
-from msif_core.stages import Stages
 
 FloatArray = npt.NDArray[np.float64]
 Gradients = Mapping[str, torch.Tensor]
@@ -34,7 +34,7 @@ class Pool:
     """The attributed stage's documents, the queries, and their gradients at a configuration's models."""
 
     def __init__(self, config: Config, queries: Queries) -> None:
-        self.stages = Stages(config)
+        self.stages = Fitting(config)
         self.target, self.last = config.attribute_to, config.stages[-1].name
         for stage in config.stages:
             self.stages.tokenize(stage.name)
