@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 from msif_core.batching import IGNORED, Batch, Sequences, batches
 from msif_core.capture import capture, counted_positions, forward
-from msif_core.checkpoint_cache import while_files_stay
 from msif_core.config import CurvatureSettings
 from msif_core.curvature.fit import NonFiniteError, covariance_sums, finite_sequences
 from msif_core.errors import InputError
-from msif_core.losses import draw_labels, sampled_loss, target_loss
-from msif_core.models import TrackedMap, coverage, freeze, load_model, model_fingerprint, tracked_maps
-from msif_core.randomness import uniforms
+from msif_core.losses import target_loss
+from msif_core.models import TrackedMap, freeze, tracked_maps
 from msif_core.scoring import query_gradients
 from tests.conftest import VOCAB, make_model, make_sequences, task_of, tolerance
 
@@ -263,33 +260,6 @@ def test_prompts_count_and_padding_does_not(decoder: str, small_models: dict[str
     assert d[:, 0].abs().amax(dim=(1, 2)).min() > 0  # prompt tokens receive gradient through attention
 
 
-def test_sampled_labels_follow_the_softmax() -> None:
-    logits = torch.log(torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64)).expand(1, 20_000, 3)
-    targets = torch.zeros(1, 20_000, dtype=torch.long)
-    targets[0, ::2] = IGNORED
-    drawn = draw_labels(logits, targets, torch.from_numpy(uniforms(["00000000000000ff"], 20_000, 1)))
-    assert (drawn[0, ::2] == IGNORED).all()
-    counts = torch.bincount(drawn[0, 1::2], minlength=3) / 10_000
-    torch.testing.assert_close(counts, torch.tensor([0.1, 0.2, 0.7]), atol=0.02, rtol=0)
-    edge = draw_labels(logits[:, :3], targets[:, 1:2].expand(1, 3), torch.tensor([[0.0, 0.0999, 1 - 2**-53]]).double())
-    assert edge.tolist() == [[0, 0, 2]]
-
-
-def test_uniforms_are_keyed_by_seed_fingerprint_and_position() -> None:
-    one = uniforms(["00000000000000ff", "ffffffffffffffff"], 50, 1)
-    assert np.array_equal(uniforms(["ffffffffffffffff"], 20, 1)[0], one[1, :20])
-    assert len(np.unique(np.concatenate([one.ravel(), uniforms(["00000000000000ff"], 50, 2).ravel()]))) == 150
-    assert ((one >= 0) & (one < 1)).all()
-
-
-def test_sampled_loss_is_repeatable() -> None:
-    model = make_model("gpt_neox")
-    batch = only(make_sequences(3))
-    outputs = forward(model, batch)
-    assert sampled_loss("causal_lm", 1)(outputs, batch) == sampled_loss("causal_lm", 1)(outputs, batch)
-    assert sampled_loss("causal_lm", 1)(outputs, batch) != sampled_loss("causal_lm", 2)(outputs, batch)
-
-
 def test_a_decoder_classifier_reads_its_last_real_token() -> None:
     model = make_model("llama", task="classification")
     sequences = make_sequences(3, task="classification")
@@ -319,70 +289,6 @@ def test_a_map_that_does_not_read_what_its_siblings_read_is_refused() -> None:
     maps = tracked_maps(model, CurvatureSettings())
     with pytest.raises(InputError, match=r"layer.1.attention.self.value: reads another input than the maps"):
         query_gradients(model, maps, make_sequences(2, task="classification"), ROOMY, task="classification")
-
-
-def test_a_tracked_tied_head_is_refused() -> None:
-    model = make_model("gpt2")
-    assert not any("lm_head" in m.name for m in tracked_maps(model, CurvatureSettings()))
-    with pytest.raises(InputError, match="lm_head: tied to the embedding"):
-        tracked_maps(model, CurvatureSettings(track_unembedding=True))
-
-
-def test_an_untied_head_is_tracked_on_request() -> None:
-    model = make_model("gpt_neox")
-    extra = {m.name for m in tracked_maps(model, CurvatureSettings(track_unembedding=True))}
-    extra -= {m.name for m in tracked_maps(model, CurvatureSettings())}
-    assert len(extra) == 1
-    assert model.get_submodule(extra.pop()) is model.get_output_embeddings()
-
-
-def test_an_unknown_fused_layout_is_refused() -> None:
-    model = make_model("gpt_neox")
-    model.config.model_type = "falcon"
-    with pytest.raises(InputError, match=r"not known for falcon.*qkv_split: none"):
-        tracked_maps(model, CurvatureSettings())
-    assert tracked_maps(model, CurvatureSettings(qkv_split="none"))
-
-
-def test_nothing_to_track_lists_the_maps() -> None:
-    with pytest.raises(InputError, match=r"matches none of the linear maps: \['gpt_neox"):
-        tracked_maps(make_model("gpt_neox"), CurvatureSettings(include="transformer"))
-
-
-def test_coverage() -> None:
-    model = make_model("gpt_neox")
-    tracked, total = coverage(model, tracked_maps(model, CurvatureSettings()))
-    assert tracked == sum(p.numel() for n, p in model.named_parameters() if "layers" in n and "norm" not in n)
-    assert total == sum(p.numel() for p in model.parameters())
-
-
-def test_a_checkpoint_without_a_head_is_refused(tmp_path: Path) -> None:
-    make_model("gpt2", dtype=torch.float32).save_pretrained(tmp_path)
-    assert load_model(str(tmp_path)).training is False
-    with pytest.raises(InputError, match=r"no weights for \['score.weight'\]"):
-        load_model(str(tmp_path), task="classification")
-
-
-def test_a_model_trained_again_into_its_folder_is_read_again(tmp_path: Path) -> None:
-    loaded, fingerprints = [], []
-    for seed in (0, 1):
-        model = make_model("gpt2", seed, dtype=torch.float32)
-        model.save_pretrained(tmp_path)
-        loaded.append(load_model(str(tmp_path)))
-        fingerprints.append(model_fingerprint(str(tmp_path)))
-        assert load_model(str(tmp_path)) is loaded[-1]
-        assert model_fingerprint(str(tmp_path)) is fingerprints[-1]
-        for name, weight in model.named_parameters():
-            torch.testing.assert_close(loaded[-1].get_parameter(name), weight)
-    assert len(set(fingerprints)) == 2
-
-
-def test_as_many_models_are_kept_as_asked_for() -> None:
-    read: list[str] = []
-    keep = while_files_stay(2)(lambda source: read.append(source) or source)
-    for name in ("a", "b", "a", "c", "b", "c", "a"):
-        assert keep(name) == name
-    assert read == ["a", "b", "c", "a"]
 
 
 def test_non_finite_gradients_are_found() -> None:
