@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -72,6 +72,9 @@ class Tables(AbstractContextManager["Tables"]):
             for name in SCHEMAS:
                 self._write(name)
         self._stack.__exit__(kind, error, trace)
+        if error is not None:
+            with suppress(OSError):  # it holds what somebody else put there
+                self.folder.rmdir()
 
     def add(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
         """Add rows of `table`.parquet, each without its run_id."""

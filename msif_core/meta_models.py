@@ -40,6 +40,21 @@ def meta_model(config: Config, stage: Stage) -> nn.Module:
     return _meta_model(stage.model, stage.revision, stage.task, stage.adapter, config.compute.trust_remote_code)
 
 
+def window(config: Config, stage: str, model: nn.Module) -> int | None:
+    """Window length in tokens as configured, or else the positions of the stage's model, None where it names none.
+
+    Raises:
+        InputError: the model has fewer positions than are configured.
+    """
+    configured, positions = config.corpus.max_length, getattr(model.config, "max_position_embeddings", None)
+    if configured and positions and configured > positions:
+        raise InputError(
+            f"corpus.max_length is {configured}, but the model of stage {stage!r} has {positions} positions; "
+            f"set it to {positions} or less"
+        )
+    return configured or positions
+
+
 @while_files_stay(4)
 def _meta_model(source: str, revision: str | None, task: str, adapter: str, trust_remote_code: bool) -> nn.Module:
     auto = {

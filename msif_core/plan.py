@@ -21,7 +21,7 @@ from msif_core.dealing import shard_count
 from msif_core.devices import Rates, rates
 from msif_core.errors import InputError
 from msif_core.index import cells, kind_for
-from msif_core.meta_models import meta_model
+from msif_core.meta_models import meta_model, window
 from msif_core.models import TrackedMap, coverage, tracked_maps
 from msif_core.probe import PassTime
 from msif_core.scoring import COPIES, query_groups
@@ -179,8 +179,8 @@ def _measured(config: Config, planned: _Planned, speed: Rates) -> _Planned:
 def stage_plan(config: Config, stage: Stage, model: nn.Module, maps: list[TrackedMap], given: int | None) -> StagePlan:
     """Size of one stage's model, corpus and factors."""
     tracked, total = coverage(model, maps)
-    window = config.corpus.max_length or getattr(model.config, "max_position_embeddings", None) or 1024
-    count, tokens, shards, assumed = corpus_size(config, stage, int(window), given)
+    longest = window(config, stage.name, model) or 1024
+    count, tokens, shards, assumed = corpus_size(config, stage, longest, given)
     inputs = {m.input_group: m.d_in for m in maps}
     covariances = sum(d * d for d in inputs.values()) + sum(m.s_entries for m in maps)
     width = _width(config)

@@ -16,7 +16,7 @@ import torch
 from msif_core import corpus, models, storage, vocabulary
 from msif_core.config import Config
 from msif_core.errors import InputError
-from msif_core.meta_models import meta_model
+from msif_core.meta_models import meta_model, window
 from msif_core.workspace import Workspace
 
 Progress = Callable[[str, int, int], None]
@@ -101,7 +101,7 @@ class Stages:
 
         The latter is less where positions start after the padding token's (RoBERTa), and huge where it is not known.
         """
-        positions = self._positions(stage) or 1024
+        positions = getattr(self.structure(stage).config, "max_position_embeddings", None) or 1024
         return min(positions, getattr(self.tokenizer(stage), "model_max_length", positions))
 
     def max_length(self, stage: str) -> int:
@@ -110,23 +110,13 @@ class Stages:
         Raises:
             InputError: the model has fewer positions than are configured.
         """
-        configured, positions = self.config.corpus.max_length, self._positions(stage)
-        if configured and positions and configured > positions:
-            raise InputError(
-                f"corpus.max_length is {configured}, but the model of stage {stage!r} has {positions} positions; "
-                f"set it to {positions} or less"
-            )
-        return configured or self.context(stage)
+        found = window(self.config, stage, self.structure(stage))
+        return found if found and self.config.corpus.max_length else self.context(stage)
 
     def query_length(self) -> int:
         """Longest query in tokens: what the last stage's model takes, however short the documents' windows are."""
         last = self.config.stages[-1].name
         return max(self.context(last), self.max_length(last))
-
-    def _positions(self, stage: str) -> int | None:
-        """Positions of the stage's model, None where it names none (BLOOM)."""
-        positions: int | None = getattr(self.structure(stage).config, "max_position_embeddings", None)
-        return positions
 
     @property
     def batch_tokens(self) -> int:

@@ -253,7 +253,7 @@ def _load(source: str | Path) -> torch.nn.Module:
 
 def _save(model: Any, tokenizer: Any, out: Path, record: dict[str, Any]) -> None:
     """Write the folder under a temporary name, sync it, then move it to `out`."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(out.parent)
     temporary = out.with_name(f".tmp-{os.getpid()}-{out.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)

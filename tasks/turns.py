@@ -8,6 +8,7 @@ import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from msif_core import storage
 from msif_core.config import Config
 
 
@@ -29,7 +30,7 @@ def give_way(config: Config) -> None:
 def _flock(config: Config, kind: int) -> Iterator[None]:
     """The workspace's file of turns, locked; the system frees it when its holder dies."""
     path = config.workspace / "turns"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(path.parent)
     with open(path, "ab") as handle:
         fcntl.flock(handle, kind)
         yield

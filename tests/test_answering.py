@@ -217,8 +217,7 @@ def test_a_query_without_a_finite_gradient_is_refused(pipeline: Pipeline, monkey
     monkeypatch.setattr(Pipeline, "query_gradients", broken)
     with pytest.raises(InputError, match=r"query 'other': its gradient is not finite"):
         pipeline.attribute(QUERIES[:2])
-    unfinished = [run for run in pipeline.workspace.attributions.iterdir() if not (run / "manifest.json").exists()]
-    assert [list(run.iterdir()) for run in unfinished] == [[]], "an answer that fails leaves no table"
+    assert all((run / "manifest.json").exists() for run in pipeline.workspace.attributions.iterdir())
 
 
 def test_a_document_without_a_finite_score_is_not_ranked(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,15 @@ def test_known_models_have_their_published_size(model: str, parameters: int, tmp
     assert found.stages[0].assumed.startswith("its documents are not here")
 
 
+def test_windows_beyond_the_models_positions_are_refused(tmp_path: Path) -> None:
+    CONFIGS["gpt_neox"]().save_pretrained(tmp_path / "model")
+    config = config_of(tmp_path, str(tmp_path / "model"), corpus={"max_length": 33})
+    with pytest.raises(
+        InputError, match=r"corpus.max_length is 33, but the model of stage 'pretrain' has 32 positions"
+    ):
+        plan.make_plan(config, "a100", {"pretrain": 5_000})
+
+
 def test_a_small_model_is_counted_exactly(tmp_path: Path) -> None:
     CONFIGS["gpt_neox"]().save_pretrained(tmp_path / "model")
     config = config_of(tmp_path, str(tmp_path / "model"), sketch={"dimensions": 64})

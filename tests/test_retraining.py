@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -226,6 +228,16 @@ def test_leaving_out_means_without_exactly_the_top(trained: Retraining, judged: 
     whole = trained.read_run(Run("whole", "left_out", -1, 0), "finetune", ["q4", "q5"])
     assert change == pytest.approx(trained.read_run(run, "finetune", ["q4", "q5"])[1] - whole[1])
     assert change != 0
+
+
+def test_a_pool_may_hold_what_json_has_no_word_for(tmp_path: Path) -> None:
+    config = project(tmp_path)
+    rows = [{"id": f"d{i}", "text": f"{WORDS[i % 6]}: a thing.", "day": date(1900 + i, 1, 1)} for i in range(24)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pretrain.parquet")
+    stage = config.stages[0].model_copy(update={"documents": str(tmp_path / "pretrain.parquet")})
+    retraining = Retraining(config.model_copy(update={"stages": (stage, config.stages[1])}))
+    retraining.prepare()
+    assert "1922-01-01" in (retraining.folder / "pool.jsonl").read_text()
 
 
 def test_what_is_missing_is_named(tmp_path: Path, trained: Retraining) -> None:

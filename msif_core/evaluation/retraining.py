@@ -8,7 +8,6 @@ file a training; a training that has its file is not done again, and done again 
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +23,7 @@ import torch
 from msif_core import corpus, records, storage
 from msif_core.batching import Sequences
 from msif_core.config import Config, Stage
+from msif_core.dealing import canonical_json
 from msif_core.demo import read
 from msif_core.errors import InputError
 from msif_core.models import load_tokenizer
@@ -154,7 +154,7 @@ class Retraining:
 
     def prepare(self) -> Path:
         """Write what all trainings share: the pool, the masks, the settings, the tokenizer. Returns the folder."""
-        lines = [json.dumps(record, sort_keys=True, ensure_ascii=False) for record in self.pool]
+        lines = [canonical_json(record) for record in self.pool]
         storage.write_text(self.folder / "pool.jsonl", "\n".join(lines) + "\n")
         storage.write_json(self.folder / "settings.json", self.config.model_dump(mode="json"))
         rows = [
