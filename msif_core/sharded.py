@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from msif_core import low_rank, models, scoring, storage
+from msif_core import low_rank, messages, models, scoring, storage
 from msif_core.batching import IGNORED, Sequences
 from msif_core.config import Config
 from msif_core.curvature import fit
@@ -210,7 +210,7 @@ class Ranks:
         def run(*arguments: Any, **keywords: Any) -> Any:
             keys = {id(model): key for key, model in self._loaded.items()}
             sent = [_Model(keys[id(a)]) if id(a) in keys else a for a in arguments]
-            dist.broadcast_object_list([(name, sent, keywords)])
+            messages.tell((name, sent, keywords))
             return self._run(name, arguments, keywords)
 
         return run
@@ -224,17 +224,16 @@ class Ranks:
     def follow(self) -> None:
         """Take part in what rank 0 runs, until it has no more."""
         while True:
-            told: list[Any] = [None]
-            dist.broadcast_object_list(told)
-            if told[0] is None:
+            told = messages.hear()
+            if told is None:
                 return
-            name, arguments, keywords = told[0]
+            name, arguments, keywords = told
             given = [self.load(*a.key[0], **dict(a.key[1])) if isinstance(a, _Model) else a for a in arguments]
             self._run(name, tuple(given), keywords)
 
     def dismiss(self) -> None:
         """Let the other ranks end."""
-        dist.broadcast_object_list([None])
+        messages.tell(None)
 
 
 class _Model:

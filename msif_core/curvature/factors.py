@@ -110,12 +110,17 @@ class Factors:
     def _read(self, file: str, name: str) -> torch.Tensor:
         path = self.folder / file
         try:
-            with safe_open(path, framework="pt", device=self._device) as tensors:
+            with safe_open(path, framework="pt", device=_current(self._device)) as tensors:
                 found: torch.Tensor = tensors.get_tensor(name)
         except (OSError, SafetensorError) as error:
             mend = f"delete the folder {self.folder} and run `msif run CONFIG`, which fits its stage again"
             raise InputError(f"{path}: the factors cannot be read ({error}); {mend}") from None
         return found.to(self._dtype) if self._dtype else found
+
+
+def _current(device: str) -> str:
+    """Of several accelerators the one that torch is at: to safetensors "cuda" is the first."""
+    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
