@@ -123,7 +123,7 @@ def score(
     config: ConfigFile,
     queries: QueriesFile,
     documents: Annotated[Path, typer.Option(help="Documents, a jsonl file.")],
-    out: Annotated[Path, typer.Option(help="Where to write float32 [n_queries, n_documents], .npy.")],
+    out: Annotated[Path, typer.Option(help=r"Where to write float32 \[n_queries, n_documents], .npy.")],
 ) -> None:
     """Exhaustive exact scores, no index and no server."""
     from msif_core import storage

@@ -295,7 +295,7 @@ class RetrainingSettings(Settings):
     repeats: int = Field(20, ge=0, description="Subsets trained with a second seed too: the noise ceiling.")
     seed: int = Field(0, description="Seed of the pool and of the subsets.")
     left_out: int = Field(20, ge=1, description="Top documents that leave-some-out removes.")
-    left_out_queries: int = Field(6, ge=0, description="Queries with leave-some-out retraining; each costs a training.")
+    left_out_queries: int = Field(6, ge=0, description="Queries with leave-some-out: three trainings each, four more.")
     vocabulary: int = Field(1024, ge=259, description="Size of the tokenizer, trained on the pool.")
     hidden: int = Field(64, ge=8, description="Width of the retrained model.")
     layers: int = Field(2, ge=1, description="Its layers.")
