@@ -5,17 +5,18 @@ by ones that all ranks take part in: rank 0 tells the others what to run, each t
 sums are added, or the rows gathered, on rank 0. It alone writes files. Sums add in another order than in one process:
 equal within float32's precision, not in bits.
 
-    torchrun --nproc-per-node N -m msif_core.sharded REQUEST.json        # started by `run_step`
+    torchrun --nproc-per-node N -m msif_core.sharded FOLDER        # started by msif_core/torchrun.py, with requests
 """
 
 from __future__ import annotations
 
+import json
 import os
-import signal
-import subprocess
+import shutil
 import sys
-import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,51 +32,11 @@ from msif_core.curvature import fit
 from msif_core.errors import InputError
 from msif_core.pipeline import Pipeline
 from msif_core.sketch import Sketcher
-
-STEPS = {"covariance_part", "eigenvalue_part", "train_index", "index_shard", "exact_shard", "publish_generation"}
-"""Steps whose every pass is shared."""
+from msif_core.torchrun import ANSWER, MISTAKE
 
 Pass = Callable[..., Any]
-
-
-def run_step(config: Config, step: str, *arguments: str | int) -> Any:
-    """Run a step in `compute.ranks` processes of this machine; returns the path or paths that it returned.
-
-    Raises:
-        InputError: what a rank says of the input.
-        RuntimeError: a rank failed; ends with its last lines.
-    """
-    if step not in STEPS:
-        raise InputError(f"{step}: not a step that sharded models run; those are {sorted(STEPS)}")
-    with tempfile.TemporaryDirectory(prefix="msif-") as folder:
-        request, answer, mistake = (Path(folder, f"{name}.json") for name in ("request", "answer", "mistake"))
-        storage.write_json(
-            request, {"config": config.model_dump(mode="json"), "step": step, "arguments": list(arguments)}
-        )
-        try:
-            _torchrun(config.compute.ranks, [str(request), str(answer), str(mistake)])
-        except RuntimeError:
-            if mistake.exists():
-                raise InputError(storage.read_json(mistake)) from None
-            raise
-        found = storage.read_json(answer)
-    return [Path(path) for path in found] if isinstance(found, list) else Path(found)
-
-
-def _torchrun(ranks: int, arguments: list[str]) -> None:
-    """Start the ranks and wait; whatever ends this process's wait ends them too."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    process = subprocess.Popen(
-        [*command, "-m", "msif_core.sharded", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        output, _ = process.communicate()
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-    if process.returncode:
-        raise RuntimeError(f"torchrun ended with {process.returncode}:\n" + "\n".join(output.splitlines()[-80:]))
+IDLE = timedelta(days=30)
+"""How long ranks wait for rank 0 to begin another pass. One that dies ends the others at once all the same."""
 
 
 def share(sequences: Sequences, rank: int, ranks: int) -> tuple[Sequences, list[int]]:
@@ -220,6 +181,9 @@ class Ranks:
             return PASSES[name][1](self._passes[name], arguments, keywords)
         except fit.NonFiniteError as error:  # no other rank knows: a step that set it aside and went on would hang
             raise InputError(str(error)) from error
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # between steps others use the accelerator
 
     def follow(self) -> None:
         """Take part in what rank 0 runs, until it has no more."""
@@ -245,29 +209,39 @@ class _Model:
 
 def main() -> None:
     """One rank of torchrun."""
-    request, answer, mistake = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+    folder = Path(sys.argv[1])
     try:
-        take_part(storage.read_json(request), answer)
+        serve(Config.model_validate(storage.read_json(folder / "config.json")), folder)
     except InputError as error:
-        storage.write_json(mistake, str(error))
+        storage.write_json(folder / MISTAKE, str(error))
         raise
 
 
-def take_part(request: dict[str, Any], answer: Path) -> None:
-    """Run the step on rank 0, which writes what it returns, and follow it on the others."""
-    config = Config.model_validate(request["config"])
+def serve(config: Config, folder: Path) -> None:
+    """Run the steps that are asked for on rank 0, which writes what they return, and follow it on the others."""
     cuda = torch.cuda.is_available() and config.compute.device != "cpu"
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=IDLE)
     ranks = Ranks()
     if dist.get_rank() == 0:
-        found = getattr(Pipeline(config), request["step"])(*request["arguments"])
+        for line in sys.stdin:
+            storage.write_json(folder / ANSWER, answered(config, json.loads(line)))
         ranks.dismiss()
-        storage.write_json(answer, [str(p) for p in found] if isinstance(found, list) else str(found))
+        shutil.rmtree(folder, ignore_errors=True)  # whoever made it may have been killed
     else:
         ranks.follow()
     dist.destroy_process_group()
+
+
+def answered(config: Config, request: dict[str, Any]) -> Any:
+    """The path or paths that the step returns, or "busy"."""
+    try:
+        with nullcontext() if request["wait"] else storage.passing_by():
+            found = getattr(Pipeline(config), request["step"])(*request["arguments"])
+    except storage.BusyError:
+        return "busy"
+    return [str(path) for path in found] if isinstance(found, list) else str(found)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ result would claim that a file exists that somebody has deleted.
 from contextlib import nullcontext
 from typing import Any
 
-from msif_core import storage
+from msif_core import storage, torchrun
 from msif_core.config import Config
 from msif_core.errors import InputError
 from msif_core.pipeline import Pipeline
@@ -22,12 +22,9 @@ def run_step(config: Config, step: str, *arguments: str | int, wait: bool = True
 
     Without `wait`, None where another process is at it.
     """
-    if config.compute.ranks > 1:
-        from msif_core import sharded
-
-        if step in sharded.STEPS:
-            return sharded.run_step(config, step, *arguments)
     try:
+        if config.compute.ranks > 1 and step in torchrun.STEPS:
+            return torchrun.run_step(config, step, *arguments, wait=wait)
         with nullcontext() if wait else storage.passing_by():
             return getattr(Pipeline(config), step)(*arguments)
     except storage.BusyError:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from msif_core import index, models, sharded
+from msif_core import index, models, sharded, torchrun
 from msif_core.config import Config, CurvatureSettings
 from msif_core.curvature import fit
 from msif_core.errors import InputError
 from msif_core.pipeline import Pipeline
 from tests.conftest import make_model, make_sequences
-from tests.tiny_project import write_project
+from tests.tiny_project import change, write_project
 
 RANKS = min(2, torch.cuda.device_count()) or 2
 """Of torchrun: processes on a CPU; on a machine with one GPU, that one over NCCL."""
@@ -42,7 +46,7 @@ def test_a_step_that_is_not_shared_is_refused(tmp_path: Path) -> None:
         {"workspace": tmp_path, "stages": [{"name": "a", "model": "m", "documents": "d"}], "compute": {"ranks": 2}}
     )
     with pytest.raises(InputError, match="attribute: not a step that sharded models run"):
-        sharded.run_step(config, "attribute")
+        torchrun.run_step(config, "attribute")
 
 
 def same_sums(found: list[Path], expected: list[Path]) -> None:
@@ -62,7 +66,7 @@ def test_ranks_fit_sketch_and_score_as_one_process(tmp_path: Path) -> None:
     two = Pipeline(Config.model_validate(settings | {"workspace": str(tmp_path / "two"), "compute": {"ranks": RANKS}}))
 
     def both(step: str, *arguments: str | int) -> tuple[list[Path], list[Path]]:
-        return sharded.run_step(two.config, step, *arguments), getattr(one, step)(*arguments)
+        return torchrun.run_step(two.config, step, *arguments), getattr(one, step)(*arguments)
 
     for stage in (stage.name for stage in one.config.stages):
         for pipeline in (one, two):
@@ -85,6 +89,43 @@ def test_ranks_fit_sketch_and_score_as_one_process(tmp_path: Path) -> None:
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-3, atol=1e-4 * float(np.abs(results[1][0]).max()))
 
 
+STARTS = """
+import sys
+from msif_core import torchrun
+from msif_core.config import Config
+config = Config.load(sys.argv[1])
+for part in (0, 0):
+    print(*torchrun.run_step(config, "covariance_part", "pretrain", part), flush=True)
+    print(torchrun._groups[0]._process.pid, torchrun._groups[0]._folder, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.drill
+def test_the_ranks_serve_a_process_until_it_ends_however_it_ends(tmp_path: Path) -> None:
+    path = write_project(tmp_path)
+    pipeline = change(path, compute={"ranks": RANKS})
+    pipeline.tokenize("pretrain")
+    command = [sys.executable, "-c", STARTS, str(path)]
+    for end in (signal.SIGKILL, None):
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        sums, first, again, second = (process.stdout.readline().strip() for _ in range(4))
+        assert (sums, first) == (again, second)
+        pid, folder = first.split()
+        assert Path(sums).exists()
+        if end is not None:
+            process.send_signal(end)
+        process.stdin.close()
+        process.wait(60)
+        process.stdout.close()
+        deadline = time.monotonic() + 60
+        while Path(f"/proc/{pid}").exists() or Path(folder).exists():
+            assert time.monotonic() < deadline, "torchrun, or its folder, outlives who started it"
+            time.sleep(0.1)
+
+
 @pytest.mark.drill
 def test_a_document_that_is_not_finite_ends_the_step_with_its_name(tmp_path: Path) -> None:
     """On rank 0 too, where one process would set it aside and run the pass again: the others are in the first still."""
@@ -100,4 +141,4 @@ def test_a_document_that_is_not_finite_ends_the_step_with_its_name(tmp_path: Pat
     pipeline = Pipeline(config.model_copy(update={"compute": config.compute.model_copy(update={"ranks": RANKS})}))
     pipeline.tokenize("pretrain")
     with pytest.raises(InputError, match=r"'broken'.*take the document out"):
-        sharded.run_step(pipeline.config, "covariance_part", "pretrain", 0)
+        torchrun.run_step(pipeline.config, "covariance_part", "pretrain", 0)
