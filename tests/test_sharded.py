@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from msif_core.curvature import fit
 from msif_core.errors import InputError
 from msif_core.pipeline import Pipeline
 from tests.conftest import make_model, make_sequences
-from tests.tiny_project import change, write_project
+from tests.tiny_project import change, manifest, write_project
 
 RANKS = min(2, torch.cuda.device_count()) or 2
 """Of torchrun: processes on a CPU; on a machine with one GPU, that one over NCCL."""
@@ -124,6 +125,23 @@ def test_the_ranks_serve_a_process_until_it_ends_however_it_ends(tmp_path: Path)
         while Path(f"/proc/{pid}").exists() or Path(folder).exists():
             assert time.monotonic() < deadline, "torchrun, or its folder, outlives who started it"
             time.sleep(0.1)
+
+
+@pytest.mark.drill
+def test_a_build_by_ranks_is_published_and_stands(tmp_path: Path) -> None:
+    path = write_project(tmp_path)
+    pipeline = change(path, compute={"ranks": RANKS, "workers": 1})
+    command = [str(Path(sys.executable).parent / "msif"), "run", str(path)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+    published = []
+    for _ in range(2):
+        run = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+        published.append(pipeline.workspace.published())
+    assert published[0] == published[1] is not None
+    recall = manifest(pipeline.workspace.generations / str(published[0]))["recall"]
+    assert recall["sequences"] == 48
+    assert pipeline.attribute([{"id": "q", "prompt": "What is kite?\n", "completion": "A kite."}]).table.num_rows >= 5
 
 
 @pytest.mark.drill
