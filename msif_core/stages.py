@@ -110,8 +110,8 @@ class Stages:
         Raises:
             InputError: the model has fewer positions than are configured.
         """
-        found = window(self.config, stage, self.structure(stage))
-        return found if found and self.config.corpus.max_length else self.context(stage)
+        window(self.config, stage, self.structure(stage))  # refuses what is too long
+        return self.config.corpus.max_length or self.context(stage)
 
     def query_length(self) -> int:
         """Longest query in tokens: what the last stage's model takes, however short the documents' windows are."""
