@@ -24,7 +24,7 @@ from msif_core.index import cells, kind_for
 from msif_core.meta_models import meta_model, window
 from msif_core.probe import PassTime
 from msif_core.scoring import COPIES, query_groups
-from msif_core.tracking import TrackedMap, coverage, tracked_maps
+from msif_core.tracking import TrackedMap, coverage, text_config, tracked_maps
 from msif_core.work import Work
 from msif_core.workspace import Workspace
 
@@ -165,8 +165,8 @@ def make_plan(
 def _measured(config: Config, planned: _Planned, speed: Rates) -> _Planned:
     """With times of its passes, where a small model of its widths runs in a moment."""
     work, tokens = planned.work, round(planned.work.tokens)
-    depth = getattr(work.model.config, "num_hidden_layers", 0)
-    if depth < 1:
+    depth = getattr(text_config(work.model), "num_hidden_layers", 0)
+    if not probe.uniform(work.maps, depth):
         return planned
     operations = (work.passes([work.maps]) + work.rotation() + work.gradients()) / depth
     entries = (work.covariance_entries + work.tracked) // depth

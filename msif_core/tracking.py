@@ -28,7 +28,8 @@ WIDEST_BLOCK = 4096
 """`curvature.block_size` of a tracked head, where none is set."""
 
 
-class Blocks(NamedTuple):
+@dataclass(frozen=True)
+class Blocks:
     """Output rows of a map that lie as [dealt, count, rows of a block / dealt]."""
 
     count: int
