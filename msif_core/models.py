@@ -95,7 +95,7 @@ def check_causal(model: Any, source: str) -> None:
         seen.append(output.detach().requires_grad_())
         return seen[-1].clone()
 
-    ids = torch.arange(1, 9, device=next(model.parameters()).device)[None]
+    ids = torch.arange(8, device=next(model.parameters()).device)[None] % tracking.text_config(model).vocab_size
     batch = Batch(ids, ids, torch.ones_like(ids), [""], np.arange(1))
     hook = None if embedding is None else embedding.register_forward_hook(watch)
     try:
