@@ -24,7 +24,7 @@ from msif_core.index import cells, kind_for
 from msif_core.meta_models import meta_model, window
 from msif_core.probe import PassTime
 from msif_core.scoring import COPIES, query_groups
-from msif_core.tracking import TrackedMap, coverage, tracked_maps
+from msif_core.tracking import TrackedMap, tracked_maps
 from msif_core.work import Work
 from msif_core.workspace import Workspace
 
@@ -178,7 +178,7 @@ def _measured(config: Config, planned: _Planned, speed: Rates) -> _Planned:
 
 def stage_plan(config: Config, stage: Stage, model: nn.Module, maps: list[TrackedMap], given: int | None) -> StagePlan:
     """Size of one stage's model, corpus and factors."""
-    tracked, total = coverage(model, maps)
+    tracked, total = sum(m.size for m in maps), sum(p.numel() for p in model.parameters())
     longest = window(config, stage.name, model) or 1024
     count, tokens, shards, assumed = corpus_size(config, stage, longest, given)
     inputs = {m.input_group: m.d_in for m in maps}
