@@ -40,6 +40,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """By model type, the arguments without which the default configuration cannot be built."""
 
+ENCODERS = {
+    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",
+    "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+"""Model types that are causal with `is_decoder: true` alone; the small models have it."""
+
 _SHARED = {
     "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2,
     "attention_hidden_size": 2 * WIDTH, "attention_head_dim": 2 * HEAD_WIDTH,
@@ -79,7 +85,7 @@ SIZES: list[tuple[str, Any]] = [
     (r".*bos_token_id|decoder_start_token_id", 1),
     (r".*eos_token_id|sep_token_id", 2),
     (r"num_hidden_layers|n_layers?|num_layers|(en|de)coder_layers|num_(en|de)coder_layers", 2),
-    (r"hidden_size|d_model|n_embd|dim_model|embedding_size|emb_dim|embedding_dim|hidden_size_global", WIDTH),
+    (r"hidden_size|d_model|n_embd|dim_model|embedding_size|emb_dim|embedding_dim|hidden_size_global|lru_width", WIDTH),
     (r"word_embed_proj_dim|attention_hidden_size|adapter_(in|out|input)_(dim|size)", WIDTH),
     (r"(num|n)_(attention_)?heads?|(en|de)coder_attention_heads|num_(en|de)coder_attention_heads", HEADS),
     (KEYS, 1),
@@ -140,7 +146,7 @@ def _cut(sizes: dict[str, Any]) -> dict[str, Any]:
         for name, value in sizes.items()
         if name not in ("transformers_version", "architectures", "dtype")
     }
-    if "is_decoder" in found:
+    if sizes.get("model_type") in ENCODERS:
         found["is_decoder"] = True
     depth = next((n for n in sizes if re.fullmatch(LAYERS, n) and isinstance(sizes[n], int)), None)
     if depth is None:
