@@ -60,6 +60,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1},
     "dots3_note_text": {"head_dim": 16},
     "gemma3n_text": {"num_kv_shared_layers": 0},
+    "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
     "longcat_flash": {"qk_rope_head_dim": 4, "head_dim": 4, "qk_head_dim": 12, "zero_expert_num": 2},
     "mamba2": {"num_heads": 4, "head_dim": 8, "n_groups": 1},
     "mpt": {"attn_config": {"alibi": True}},

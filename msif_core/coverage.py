@@ -11,10 +11,12 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
+from msif_core import experts
 from msif_core.module_calls import SIZES, is_linear, module_calls, run
 from msif_core.tracking import TrackedMap, output_embedding
 
 UNREACHED = "no text reaches it"
+LEFT_OUT = "left out by curvature.include"
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Coverage:
 
 def coverage_of(model: Any, maps: list[TrackedMap]) -> Coverage:
     """What `maps` are of the model. Embedding tables of any kind, and the head, are counted nowhere."""
-    uses, calls, tracked = _uses(model), module_calls(model), _tracked(model, maps)
+    uses, calls, tracked, stacked = _uses(model), module_calls(model), _tracked(model, maps), _stacked(model)
     aside = _embeddings(model) | {number for number, use in (uses or {}).items() if use == "embedding"}
     left: Counter[tuple[str, str]] = Counter()
     covered = 0
@@ -59,7 +61,10 @@ def coverage_of(model: Any, maps: list[TrackedMap]) -> Coverage:
         if rest := parameter.numel() - tracked[id(parameter)]:
             place = name.rpartition(".")[0]
             called, read = calls is None or place in calls, uses is None or id(parameter) in uses
-            left[re.sub(r"\b\d+\b", "*", name), _reason(parameter, model.get_submodule(place), called, read)] += rest
+            reason = _reason(parameter, model.get_submodule(place), called, read)
+            if (all_experts := stacked.get(name)) is not None:
+                reason = UNREACHED if tracked[id(parameter)] == all_experts else LEFT_OUT
+            left[re.sub(r"\b\d+\b", "*", name), reason] += rest
     untracked = tuple(Untracked(name, count, reason) for (name, reason), count in left.most_common())
     return Coverage(covered, covered + sum(u.parameters for u in untracked if u.reason != UNREACHED), untracked)
 
@@ -79,6 +84,17 @@ def _tracked(model: nn.Module, maps: list[TrackedMap]) -> Counter[int]:
     return found
 
 
+def _stacked(model: nn.Module) -> dict[str, int]:
+    """Entries of the experts in each parameter that holds some; without weights, no run tells that they are read."""
+    found = {}
+    for name, module in model.named_modules():
+        for stack in experts.stacks_of(module):
+            found[f"{name}.{stack.parameter}"] = stack.count * stack.d_out * stack.d_in
+            if stack.bias:
+                found[f"{name}.{stack.bias}"] = stack.count * stack.d_out
+    return found
+
+
 def _embeddings(model: Any) -> set[int]:
     """Identities of the parameters of embedding tables and of the head."""
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
@@ -89,7 +105,7 @@ def _reason(parameter: nn.Parameter, owner: nn.Module, called: bool, read: bool)
     if not read:
         return UNREACHED
     if isinstance(owner, nn.Linear | Conv1D) and called:
-        return "left out by curvature.include" if is_linear(owner) else "does more than a linear map"
+        return LEFT_OUT if is_linear(owner) else "does more than a linear map"
     if isinstance(owner, nn.modules.conv._ConvNd):
         return "convolution"
     return "norm, scale or bias" if parameter.ndim < 2 else "a matrix that no linear module applies"
