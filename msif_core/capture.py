@@ -47,8 +47,8 @@ def capture(model: Any, maps: list[TrackedMap], batch: Batch, loss: Loss, consum
     state = _Pass(maps, batch, counted_positions(model, batch), consume)
     with PASS, precision(getattr(model, "tf32", False)), ExitStack() as hooks, torch.enable_grad():
         for tracked in maps:
-            if tracked.expert is None:
-                module = model.get_submodule(tracked.name)
+            for name in () if tracked.expert else (tracked.name, *tracked.also):
+                module = model.get_submodule(name)
                 hooks.callback(module.register_forward_hook(state.hook(tracked)).remove)
         for name in {m.expert.module for m in maps if m.expert}:
             module = model.get_submodule(name)
@@ -145,6 +145,8 @@ class _Pass:
         arranged: Callable[[torch.Tensor], torch.Tensor | None],
     ) -> torch.Tensor:
         """Keep the call until the gradient of its output comes; returns the output that goes on."""
+        if not torch.is_grad_enabled():  # the model's own code leaves this call out of its gradient
+            return output
         calls = self.calls.setdefault(tracked.name, [])
         memory = (x.data_ptr(), x.shape, x.stride())  # not the tensor, which is freed when it is consumed
         if memory != self.read.setdefault((tracked.input_group, len(calls)), memory):

@@ -14,11 +14,16 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from msif_core import experts
 from msif_core.batching import Batch
 from msif_core.forward import forward
+
+ASKING = {getattr(torch.Tensor, f"__{name}__") for name in ("bool", "int", "float", "index")}
+ASKING |= {torch.Tensor.item, torch.Tensor.tolist}
+"""Functions of a tensor whose results are values."""
 
 Layout = tuple[str | int, ...]
 """The axes of a module's input but for the last: "N" sequences, "T" tokens, "NT" both in one, or a fixed number."""
@@ -79,7 +84,7 @@ def is_linear(module: nn.Module) -> bool:
 def _observe(model: Any) -> ModuleCalls | None:
     experts.install(model)
     try:
-        first, second = (_run(model, count, length) for count, length in SIZES)
+        first, second = (run(model, count, length) for count, length in SIZES)
     except Exception:  # a model's own code raises what it likes, and then nothing is known of its calls
         return None
     found = {}
@@ -91,7 +96,7 @@ def _observe(model: Any) -> ModuleCalls | None:
     return found
 
 
-def _run(model: Any, count: int, length: int) -> dict[str, list[tuple[torch.Size, int]]]:
+def run(model: Any, count: int, length: int) -> dict[str, list[tuple[torch.Size, int]]]:
     """Shape and tensor of every call of each linear module, in a run on `count` texts of `length` tokens."""
     found: dict[str, list[tuple[torch.Size, int]]] = {}
     kept: list[torch.Tensor] = []  # a tensor that is gone could lend its place to another
@@ -109,12 +114,22 @@ def _run(model: Any, count: int, length: int) -> dict[str, list[tuple[torch.Size
     ids = torch.ones(count, length, dtype=torch.int64, device=device)
     batch = Batch(ids, ids, torch.ones_like(ids), [""] * count, np.arange(count))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _Answers():
             forward(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
     return found
+
+
+class _Answers(TorchFunctionMode):
+    """Ones for the values of tensors without any: most models ask whether their attention mask is set everywhere."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in ASKING and args[0].is_meta:
+            ones: Any = torch.ones(args[0].shape, dtype=args[0].dtype, device="cpu")
+            return func(ones)
+        return func(*args, **(kwargs or {}))
 
 
 def _layout(first: torch.Size, second: torch.Size) -> Layout | None:

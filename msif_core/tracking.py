@@ -92,6 +92,7 @@ class TrackedMap:
         layout: the axes of its input; None where it mixes sequences in an unknown order.
         expert: of a map that is an expert's; its module is that of all experts.
         routed: share of the tokens that reach it, as far as the configuration tells.
+        also: further modules that hold the same weight (blocks that a model repeats).
     """
 
     name: str
@@ -105,6 +106,7 @@ class TrackedMap:
     layout: Layout | None = TOKENS
     expert: Expert | None = None
     routed: float = 1.0
+    also: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -186,24 +188,39 @@ def text_config(model: Any) -> Any:
 
 
 def _candidates(model: Any, calls: ModuleCalls | None, settings: CurvatureSettings) -> Iterator[list[TrackedMap]]:
-    """The maps of every linear module and of every module of experts that a text reaches, in the model's order."""
+    """The maps of every linear module and of every module of experts that a text reaches, in the model's order.
+
+    Modules that hold one weight are one map.
+    """
     head = output_embedding(model)
+    linear = {n: m for n, m in model.named_modules() if (calls is None or n in calls) and is_linear(m)}
+    places: dict[int, list[str]] = {}
+    for name, module in linear.items():
+        places.setdefault(id(module.weight), []).append(name)
     for name, module in model.named_modules():
-        reached = calls is None or name in calls
-        if reached and is_linear(module):
-            yield [_linear(model, name, module, settings, module is head, calls)]
+        if name in linear:
+            first, *also = places[id(module.weight)]
+            if name == first:
+                yield [_linear(model, name, module, settings, module is head, calls, tuple(also))]
         elif stacks := experts.stacks_of(module):
             yield [m for stack in stacks for m in _experts(model, name, stack, settings)]
 
 
 def _linear(
-    model: nn.Module, name: str, module: Any, settings: CurvatureSettings, is_head: bool, calls: ModuleCalls | None
+    model: nn.Module,
+    name: str,
+    module: Any,
+    settings: CurvatureSettings,
+    is_head: bool,
+    calls: ModuleCalls | None,
+    also: tuple[str, ...],
 ) -> TrackedMap:
     weight = module.weight
     d_in, d_out = weight.shape if isinstance(module, Conv1D) else reversed(weight.shape)
     blocks = WHOLE if is_head else _blocks(model, name, int(d_out), settings.qkv_split)
     cuts = _cuts(int(d_out) // blocks.count, settings.block_size or (WIDEST_BLOCK if is_head else int(d_out)))
     has_bias = module.bias is not None
+    layouts = {TOKENS} if calls is None else {calls[place].layout for place in (name, *also)}
     return TrackedMap(
         name,
         int(d_in) + has_bias,
@@ -213,7 +230,8 @@ def _linear(
         blocks.dealt,
         _input_group(model, name, has_bias, calls),
         cuts,
-        TOKENS if calls is None else calls[name].layout,
+        layouts.pop() if len(layouts) == 1 else None,
+        also=also,
     )
 
 
@@ -268,11 +286,12 @@ def _blocks(model: Any, name: str, d_out: int, split: str) -> Blocks:
     return fused(config) if fused is not None else WHOLE
 
 
+def in_unknown_order(maps: list[TrackedMap], split: str) -> list[str]:
+    """Names of fused query-key-value maps that are one block as the order of their rows is not known."""
+    fused = (m.name for m in maps if m.groups == 1 and m.name.rpartition(".")[2] in FUSED_NAMES)
+    return [] if split == "none" else list(fused)
+
+
 def _cuts(rows: int, widest: int) -> int:
     """Fewest equal pieces of `rows` output rows that are no larger than `widest`; a prime number has a diagonal S."""
     return next(g for g in range(1, rows + 1) if rows % g == 0 and rows // g <= widest)
-
-
-def coverage(model: nn.Module, maps: list[TrackedMap]) -> tuple[int, int]:
-    """(tracked parameters, all parameters), to be shown to the user."""
-    return sum(m.size for m in maps), sum(p.numel() for p in model.parameters())
