@@ -111,12 +111,15 @@ def _wait(folder: Path) -> dict[str, Any]:
 
 
 def _lives(folder: Path) -> bool:
-    """Whether a server has the folder: it, or what it left running, holds the lock on the log."""
-    if not (folder / "server.json").exists() or not (folder / "server.log").exists():
-        return False
-    with open(folder / "server.log", "ab") as log:
+    """Whether the folder's record is that of a server that lives."""
+    return (folder / "server.json").exists() and is_locked(folder / "server.log")
+
+
+def is_locked(log: Path) -> bool:
+    """Whether a server, or what it left running, holds the lock on its log."""
+    with open(log, "ab") as handle:
         try:
-            fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
     return False

@@ -73,27 +73,28 @@ def check(url: str) -> None:
     Raises:
         InputError: says which of these, and the mend.
     """
-    once = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})
-    with once, get_client(sync_client=True, httpx_settings={"timeout": ANSWER_TIMEOUT}) as client:
-        silence = client.api_healthcheck()
-        if silence is not None and not isinstance(silence, PrefectHTTPStatusError):
-            raise InputError(f"PREFECT_API_URL is {url}, where nothing answers; start that server, or unset it")
+    with get_client(sync_client=True, httpx_settings={"timeout": ANSWER_TIMEOUT}) as client:
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+            problem = client.api_healthcheck()
         try:
-            client.read_concurrency_limits(limit=1, offset=0)
-        except PrefectHTTPStatusError as error:
-            if error.response.status_code in (401, 403):
-                login = "set PREFECT_API_AUTH_STRING to its user:password (PREFECT_API_KEY for Prefect Cloud)"
-                raise InputError(f"PREFECT_API_URL is {url}, which refuses the login; {login}") from None
-            raise InputError(f"PREFECT_API_URL is {url}, which answers {_status(error)}; {PATH}") from None
-        except ValueError:  # a page, where JSON is expected
-            raise InputError(f"PREFECT_API_URL is {url}, which answers with a page; {PATH}") from None
+            if problem is None:  # that answer needs no login
+                client.read_concurrency_limits(limit=1, offset=0)
+        except (PrefectHTTPStatusError, ValueError) as error:
+            problem = error
+    if problem is not None:
+        raise InputError(f"PREFECT_API_URL is {url}, {_with_mend(problem)}")
 
 
-PATH = "the address of the API usually ends with /api"
-
-
-def _status(error: PrefectHTTPStatusError) -> str:
-    return f"{error.response.status_code} {error.response.reason_phrase}"
+def _with_mend(problem: Exception) -> str:
+    path = "the address of the API usually ends with /api"
+    if isinstance(problem, ValueError):  # a page, where JSON is expected
+        return f"which answers as no Prefect server does; {path}"
+    if not isinstance(problem, PrefectHTTPStatusError):
+        return "where nothing answers; start that server, or unset it"
+    status = problem.response.status_code
+    login = "set PREFECT_API_AUTH_STRING to its user:password (PREFECT_API_KEY for Prefect Cloud)"
+    mend = login if status in (401, 403) else path if status < 500 else "see its log"
+    return f"which answers {status} {problem.response.reason_phrase}; {mend}"
 
 
 def _drain() -> None:
