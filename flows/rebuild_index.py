@@ -45,13 +45,13 @@ def stand_in_for_waiting() -> None:
     )
     with get_client(sync_client=True) as client:
         this = client.read_flow_run(context.flow_run.id)
-        waiting = [run.id for run in client.read_flow_runs(flow_run_filter=due) if _covers(this, run)]
+        waiting = [run.id for run in client.read_flow_runs(flow_run_filter=due) if covers(this, run)]
     cancel(waiting, f"{this.name} began after this was asked for, and does its work")
     if waiting:
         get_run_logger().info("does the work of %d runs that waited", len(waiting))
 
 
-def _covers(this: FlowRun, other: FlowRun) -> bool:
+def covers(this: FlowRun, other: FlowRun) -> bool:
     """Whether the configurations are the same, and the factors are fitted anew where the other asks for that."""
     ours, theirs = this.parameters, other.parameters
     return ours.get("config") == theirs.get("config") and ours.get("refit", False) >= theirs.get("refit", False)
