@@ -173,9 +173,9 @@ class Fitting(Stages):
             )
         if self.fitted(stage) and (unreached := self.factors(stage).unreached):
             found.append(
-                f"{len(unreached)} of {len(maps)} maps have a block that no sequence of the fit's sample reached beyond "
-                f"rounding ({_some(unreached)}): experts among them are filtered by their damping alone, others have "
-                "no say in scores"
+                f"{len(unreached)} of {len(maps)} maps have a block that no sequence of the fit's sample reached "
+                f"beyond rounding ({_some(unreached)}): experts among them are filtered by their damping alone, others "
+                "have no say in scores"
             )
         return [f"stage {stage}: {remark}" for remark in found]
 
