@@ -104,7 +104,7 @@ class Pipeline(Indexing):
         """What a generation was built with that this configuration has not, None where it can answer."""
         for stage in self.config.stages:
             if manifest.get("recipes", {}).get(stage.name) != self.recipe(stage.name):
-                return f"other factors of stage {stage.name!r} (another model, other windows or curvature settings)"
+                return f"other factors of stage {stage.name!r} (another model, other windows, another start of texts, or curvature settings)"
         same = manifest["codes_key"] == self.holding(manifest["factors"]).codes_folder().name
         return None if same else "another filter or sketch"
 
@@ -155,7 +155,7 @@ class Pipeline(Indexing):
         target = self.config.stage(self.target)
         found = records.read_list(documents)
         sequences, rows = corpus.encode_list(
-            found, self.tokenizer(self.target), self.max_length(self.target), target.task
+            found, self.tokenizer(self.target), self.max_length(self.target), target.task, self.config.corpus.start
         )
         check_sequences(sequences, self.structure(self.target), target.task, self.target)
         scores = self.as_published().scores(asked, sequences)

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from msif_core import storage
+from msif_core import chats, storage
 from msif_core.batching import IGNORED
 from msif_core.config import Documents, HubDataset
 from msif_core.errors import InputError
@@ -25,9 +25,9 @@ Check = Callable[[Any], str | None]
 Located = Iterator[tuple[str, Any]]
 """Records, each after where it stands."""
 
-KNOWN = {"id", "text", "source", "prompt", "completion", "input_ids", "labels", "label"}
+KNOWN = {"id", "text", "source", "prompt", "completion", "messages", "input_ids", "labels", "label"}
 QUERY_FIELDS = KNOWN | {"contrast", "set"}
-ENCODED = {"text", "prompt", "completion", "input_ids", "labels"}
+ENCODED = {"text", "prompt", "completion", "messages", "input_ids", "labels"}
 """Fields that become tokens."""
 
 LARGEST_TOKEN = (1 << 31) - 1
@@ -125,8 +125,13 @@ def check_all(records: Iterable[Record], name: str, check: Check) -> list[Record
 
 
 def lacks_completion(record: Record) -> bool:
-    """Whether a query is a prompt alone, which the model is to answer."""
-    return "prompt" in record and record.get("completion") in (None, "") and "input_ids" not in record
+    """Whether a query is a prompt alone, or a chat that ends with another's turn, which the model is to answer."""
+    if record.get("completion") not in (None, "") or "input_ids" in record:
+        return False
+    if "messages" in record:
+        last = record["messages"][-1] if isinstance(record["messages"], list) and record["messages"] else None
+        return not isinstance(last, dict) or last.get("role") != chats.ASSISTANT
+    return "prompt" in record
 
 
 def query_problem_of(record: Any) -> str | None:
@@ -136,15 +141,16 @@ def query_problem_of(record: Any) -> str | None:
     alone = lacks_completion(record)
     if (problem := problem_of(record | {"completion": "generated"} if alone else record)) is not None:
         return problem
-    if alone and not record["prompt"].strip():  # a str, as there is no problem so far
+    if alone and "messages" not in record and not record["prompt"].strip():  # a str: there is no problem so far
         return "empty prompt; write what the model should answer"
     contrast, named = record.get("contrast"), record.get("set")
     if contrast is not None:
-        words = "prompt" in record and isinstance(contrast, str) and contrast
+        words = ("prompt" in record or "messages" in record) and isinstance(contrast, str) and contrast
         label = "label" in record and isinstance(contrast, int) and not isinstance(contrast, bool)
         if not words and not label:
             return "contrast must be another completion of its prompt as text (or another label of its text)"
-        if contrast in (record.get("completion"), record.get("label")):
+        own = record.get("label") if label else parts_of(record)[1]
+        if contrast == own:
             return "contrast is the completion itself, so there is no difference to explain; give another one"
     names = [named] if isinstance(named, str) else named
     if named is not None and not (isinstance(names, list) and names and all(isinstance(n, str) and n for n in names)):
@@ -162,12 +168,15 @@ def problem_of(record: Any) -> str | None:
     if not isinstance(record.get("id"), str) or not record["id"]:
         return "no id; give each record a string `id`"
     if "input_ids" in record:
-        return _problem_of_tokens(record["input_ids"], record.get("labels"))
+        read = "messages" in record and chats.problem_of_messages(record, answered=False)
+        return _problem_of_tokens(record["input_ids"], record.get("labels")) or read or None
+    if "messages" in record:
+        return chats.problem_of_messages(record)
     if "prompt" in record:
         ok = isinstance(record["prompt"], str) and isinstance(record.get("completion"), str) and record["completion"]
         return None if ok else "prompt without a completion; give both as text"
     if not isinstance(record.get("text"), str):
-        return "neither text, nor prompt and completion, nor input_ids; give one of them"
+        return "neither text, nor prompt and completion, nor messages, nor input_ids; give one of them"
     return None if record["text"].strip() else "empty text; remove the record"
 
 
@@ -195,9 +204,23 @@ def metadata_of(record: Record, known: set[str] = KNOWN) -> Record:
 
 def text_of(record: Record) -> str:
     """What a person reads of a record."""
+    if "messages" in record:
+        return chats.transcript(chats.turns(record))
+    return "".join(parts_of(record))
+
+
+def parts_of(record: Record) -> tuple[str, str]:
+    """What a person reads of a record as the question and as the answer, which is empty where the model is to give it.
+
+    The answer of a chat is the assistant's last turn, that of a text all of it.
+    """
+    if "messages" in record:
+        turns = chats.turns(record)
+        answer = str(turns.pop()["content"]) if turns[-1]["role"] == chats.ASSISTANT else ""
+        return chats.transcript(turns), answer
     if "prompt" in record:
-        return f"{record['prompt']}{record.get('completion') or ''}"  # given tokens need no completion
-    return str(record.get("text", ""))
+        return str(record["prompt"]), str(record.get("completion") or "")  # given tokens need no completion
+    return "", str(record.get("text") or record.get("completion") or "")
 
 
 def _listed(documents: Documents) -> Sequence[str | HubDataset]:
@@ -274,13 +297,15 @@ def _hub(source: HubDataset) -> Located:
 
 def _row(source: HubDataset, number: int, row: Record) -> Record:
     """A row of a dataset as a record: what is encoded and its id are of the named columns alone."""
-    paired = source.text == "text" and "text" not in row and {"prompt", "completion"} <= row.keys()
-    read = ("prompt", "completion") if paired else (source.text,)
+    unnamed = source.text == "text" and "text" not in row
+    paired = unnamed and {"prompt", "completion"} <= row.keys()
+    chat = unnamed and not paired and "messages" in row
+    read = ("prompt", "completion") if paired else ("messages",) if chat else (source.text,)
     missing = [name for name in (*read, source.id) if name is not None and name not in row]
     if missing:
         raise InputError(f"dataset {source.dataset}: no column {missing[0]!r}; it has {sorted(row)}")
     rest = {key: value for key, value in row.items() if key not in (*ENCODED, "id", source.text, source.id)}
-    encoded = {key: row[key] for key in read} if paired else {"text": row[source.text]}
+    encoded = {key: row[key] for key in read} if paired or chat else {"text": row[source.text]}
     key = f"{source.dataset}/{source.split}/{number}" if source.id is None else row[source.id]
     return {"id": None if key is None else str(key), **encoded, **rest}
 
