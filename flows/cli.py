@@ -81,13 +81,14 @@ def demo(keep_server: KeepServer = False) -> None:
 def run(config: ConfigFile, keep_server: KeepServer = False) -> None:
     """Tokenize, fit and index. A second run finds everything in place and says so."""
     from flows.build_index import build_index
-    from flows.show_results import print_change, print_recall
+    from flows.show_results import print_change, print_encoding, print_recall
 
     settings = Config.load(config)
     before = published(settings)
     with orchestrated(settings, keep_server):
         built = build_index(settings)
     print_change(settings, before, built, console)
+    print_encoding(built, console)
     print_recall(settings, console)
 
 
@@ -134,6 +135,31 @@ def score(
     with storage.atomic_path(out) as temporary, open(temporary, "wb") as handle:
         np.save(handle, scores)
     console.print(f"{out}: float32 {list(scores.shape)}")
+
+
+@app.command()
+def tokens(
+    config: ConfigFile,
+    stage: Annotated[str, typer.Option(help="Only this stage's documents.")] = "",
+    queries: Annotated[Path | None, typer.Option(help="These queries, a jsonl file, in place of documents.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Records of each.")] = 3,
+) -> None:
+    """The first records as the models will see them, token by token, those with a loss marked. Builds nothing."""
+    from flows.show_tokens import print_tokens
+    from msif_core.pipeline import Pipeline
+
+    pipeline = Pipeline.from_config(config)
+    if queries is not None and stage:
+        raise InputError(
+            "--stage shows documents and --queries queries, which the last stage's model reads; leave one out"
+        )
+    if queries is not None:
+        print_tokens(pipeline.tokens(queries=queries, count=count), console)
+        return
+    for name in [stage] if stage else [stage.name for stage in pipeline.config.stages]:
+        found = pipeline.tokens(name, count=count)
+        console.print(f"Stage {name}, windows of {pipeline.max_length(name):,} tokens at most\n", markup=False)
+        print_tokens(found, console)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from msif_core.config import Config
 from msif_core.generations import withheld
 from msif_core.report.page import on_one_line
 from msif_core.workspace import Workspace
+from tasks.summary import tokens
 
 
 def print_attribution(folder: Path, console: Console, top: int) -> None:
@@ -39,6 +40,12 @@ def print_change(config: Config, before: dict[str, Any] | None, built: Path, con
     """What a build did, and why."""
     change = what_changed(before, storage.read_json(built / "manifest.json"), withheld(built, config.index))
     console.print(change[0].upper() + change[1:])
+
+
+def print_encoding(built: Path, console: Console) -> None:
+    """The windows of each stage, and what of its documents its tokenizer does not know."""
+    for stage, found in storage.read_json(built / "manifest.json").get("tokens", {}).items():
+        console.print(escape(f"Tokens of {stage}: {tokens(found)}"))
 
 
 def print_recall(config: Config, console: Console) -> None:

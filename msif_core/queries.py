@@ -100,7 +100,7 @@ def load_queries(
     generated = [records.lacks_completion(record) for record in found]
     found = _completed(found, generated, tokenizer, max_length, complete, start)
     compared = [row for row, record in enumerate(found) if record.get("contrast") is not None]
-    both = found + [_contrast_of(found[row]) for row in compared]
+    both = found + [contrast_of(found[row]) for row in compared]
     sequences = _one_window_each(both, tokenizer, max_length, task, cut or task == "classification", start)
     measurements: list[Measurement] = [{row: 1.0} for row in range(len(found))]
     for i, row in enumerate(compared):
@@ -149,7 +149,7 @@ def _sets(found: list[Record]) -> dict[str, list[int]]:
     return sets
 
 
-def _contrast_of(record: Record) -> Record:
+def contrast_of(record: Record) -> Record:
     """The same question with the other completion (of a classification: the other label)."""
     kept = {key: value for key, value in record.items() if key not in ("input_ids", "labels")}
     if "messages" in record and record["messages"][-1]["role"] == chats.ASSISTANT:

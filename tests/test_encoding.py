@@ -28,7 +28,9 @@ def test_a_last_window_without_a_target_is_left_out(tokenizer: Any):
 
 
 def test_the_loss_is_on_the_completion_and_its_end(tokenizer: Any):
-    [[(ids, labels)]] = encoding.encode([{"id": "a", "prompt": "w1 w2", "completion": " w3"}], tokenizer, 8, "causal_lm")
+    [[(ids, labels)]] = encoding.encode(
+        [{"id": "a", "prompt": "w1 w2", "completion": " w3"}], tokenizer, 8, "causal_lm"
+    )
     assert ids == [1, 2, 3, END]
     assert labels == [IGNORED, IGNORED, 3, END]
 

@@ -106,7 +106,9 @@ class Retraining:
         stages = [(s.name, records.source_fingerprint(s.documents), s.training) for s in self.config.stages]
         recipes = [(name, data, training.model_dump() if training else None) for name, data, training in stages]
         queries = records.source_fingerprint(str(self.config.queries))
-        return storage.fingerprint(settings, recipes, queries, self.config.attribute_to, self.window, self.config.corpus.start)
+        return storage.fingerprint(
+            settings, recipes, queries, self.config.attribute_to, self.window, self.config.corpus.start
+        )
 
     @property
     def folder(self) -> Path:
