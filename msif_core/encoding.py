@@ -13,7 +13,7 @@ from typing import Any
 from msif_core import chats, records
 from msif_core.batching import IGNORED
 from msif_core.errors import InputError
-from msif_core.tokenizers import end_tokens, start_tokens
+from msif_core.tokenizers import end_token, start_tokens
 
 Window = tuple[list[int], list[int]]
 """input_ids, and labels aligned with them."""
@@ -55,10 +55,11 @@ def encode(
     """
     if task == "classification":
         return [[_encode_classified(record, tokenizer, max_length)] for record in found]
+    end = (None, set[int]()) if tokenizer is None else end_token(tokenizer)
     texts = [None if "input_ids" in record else _written(record, tokenizer, last_turn) for record in found]
     tokens = _tokens([text for text in texts if text is not None], tokenizer, start)
     return [
-        _cut_given(record, max_length) if text is None else _windows(text, *next(tokens), tokenizer, max_length)
+        _cut_given(record, max_length) if text is None else _windows(text, *next(tokens), end, max_length)
         for record, text in zip(found, texts, strict=True)
     ]
 
@@ -153,14 +154,16 @@ def _before(tokenizer: Any, text: str, ids: list[int], edge: int) -> Pair:
     return count, count if read(count) == text[:edge] else count + 1
 
 
-def _windows(text: Written, ids: list[int], runs: list[Pair] | None, tokenizer: Any, max_length: int) -> list[Window]:
+def _windows(
+    text: Written, ids: list[int], runs: list[Pair] | None, end: tuple[int | None, set[int]], max_length: int
+) -> list[Window]:
     """One text's windows."""
-    end = [] if text.chat else end_tokens(tokenizer, ids)
+    if end[0] is not None and not text.chat and not (ids and ids[-1] in end[1]):
+        ids = [*ids, end[0]]
+        runs = runs and [*runs[:-1], (runs[-1][0], len(ids))]
     if runs is None:
-        ids = ids + end
         return _split(ids, ids, max_length)
-    runs = [*runs[:-1], (runs[-1][0], len(ids + end))] if end and runs else runs
-    ids, labels = ids + end, [IGNORED] * len(ids + end)
+    labels = [IGNORED] * len(ids)
     for first, last in runs:
         labels[first:last] = ids[first:last]
     if len(ids) > max_length and runs:

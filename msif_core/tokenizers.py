@@ -24,6 +24,9 @@ VOCABULARIES = (
 SMALLEST_SHARE = 0.5
 """A tokenizer that knows less than this share of its model's vocabulary is another model's, or none."""
 
+RARE = "\U0001242b \U00013000"
+"""Cuneiform and a hieroglyph: in hardly a vocabulary, unless it has all bytes."""
+
 REPLACEMENT = "\ufffd"
 """What bytes that are no whole character decode to."""
 
@@ -117,21 +120,19 @@ def start_tokens(tokenizer: Any, setting: str) -> list[int]:
     return list(ids[: min(added, leading)])
 
 
-def end_tokens(tokenizer: Any, ids: Sequence[int]) -> list[int]:
-    """The end-of-text token, unless the text ends with it, or with another special token, as the turn of a chat."""
+def end_token(tokenizer: Any) -> tuple[int | None, set[int]]:
+    """The token that ends a text, and those after which none is put: itself, and other special ones, as of a chat."""
     end = tokenizer.eos_token_id
-    if end is None:
-        return []
     special = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
-    written = special - {tokenizer.unk_token_id} | {end}
-    return [] if ids and ids[-1] in written else [int(end)]
+    return end, special - {unknown_token(tokenizer)} | {end}
 
 
 def unknown_token(tokenizer: Any) -> int | None:
-    """The token of what a vocabulary lacks, None where there is none, or where it begins or ends texts as well."""
+    """The token of what a vocabulary lacks; None where it lacks nothing, or where that token begins or ends texts."""
     if tokenizer is None or tokenizer.unk_token_id in (None, tokenizer.eos_token_id, tokenizer.bos_token_id):
         return None
-    return int(tokenizer.unk_token_id)
+    token = int(tokenizer.unk_token_id)
+    return token if token in tokenizer(RARE, add_special_tokens=False)["input_ids"] else None
 
 
 def first_unknown(tokenizer: Any, text: str) -> str:
@@ -173,7 +174,8 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     before, first = 0, 0  # tokens of the piece before, which a decoder may need to see, and of the one at hand
     for i in range(len(ids)):
         piece = read(ids[before : i + 1])[len(read(ids[before:first])) :]
-        if piece.endswith(REPLACEMENT) and i + 1 < len(ids) and i - first < 3:  # a character has four bytes at most
+        whole = piece and not piece.endswith(REPLACEMENT)  # decoders replace the bytes of half a character, or drop them
+        if not whole and i + 1 < len(ids) and i - first < 4:  # at most four bytes, and an empty token before them
             continue
         if REPLACEMENT in piece:  # no whole character comes of these bytes
             texts[first : i + 1] = [read([token]) for token in ids[first : i + 1]]
