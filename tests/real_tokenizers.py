@@ -68,7 +68,9 @@ def gpt2() -> Any:
 
 def qwen2() -> Any:
     vocabulary, merges = _trained(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], metaspace=False)
-    return Qwen2Tokenizer(vocab=vocabulary, merges=merges, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.add_tokens(["<|im_start|>"], special_tokens=True)
+    return tokenizer
 
 
 def byt5() -> Any:
