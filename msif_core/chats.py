@@ -95,9 +95,9 @@ def _added(tokenizer: Any, messages: Messages, row: int, text: str, name: str) -
     after = _render(tokenizer, messages[: row + 1], name)[0]
     if not row or not after.startswith(before) or not text.startswith(after):
         raise InputError(
-            f"record {name!r}: the chat template of {tokenizer.name_or_path} does not mark what the assistant generates, "
-            f"and its text of the messages before message {row + 1} is not how its whole text begins; give the record "
-            "as prompt and completion, or put {% generation %} marks into the template"
+            f"record {name!r}: the chat template of {tokenizer.name_or_path} does not mark what the assistant "
+            f"generates, and its text of the messages before message {row + 1} is not how its whole text begins; give "
+            "the record as prompt and completion, or put {% generation %} marks into the template"
         )
     return len(before), max(len(before), len(after.rstrip()))
 

@@ -112,12 +112,12 @@ class CorpusSettings(Settings):
     """Documents to token sequences."""
 
     max_length: int | None = Field(
-        None, ge=2, description="Window length of documents. By default the model's context, or 2,048 tokens where that "
-        "is longer, as memory grows with the window and few documents are so long. Queries may fill the whole context."
+        None, ge=2, description="Window length of documents. By default the model's context, 2,048 tokens at most: "
+        "memory grows with the window, and few documents are longer. Queries may fill the whole context."
     )  # fmt: skip
     start: Literal["auto", "always", "never"] = Field(
-        "auto", description="Start token (BOS) of documents and queries. auto: as the model's tokenizer begins a text, and "
-        "its template a chat. always: bos_token. never: none. It stands once, and in a document's first window alone."
+        "auto", description="Start token (BOS) of documents and queries. auto: as the model's tokenizer begins a text, "
+        "and its template a chat. always: bos_token. never: none. Once, and in a document's first window alone."
     )  # fmt: skip
     shard_sequences: int = Field(
         2048,

@@ -82,13 +82,13 @@ def tokenize(
             progress(number, len(found))
             shards.append(tokenize_shard(part, folder, number, tokenizer, max_length, task, settings.start, recipe))
     if not any(shard["n_sequences"] for shard in shards):
-        raise InputError(f"{documents}: no document in it has a token to predict{_by(tokenizer)}")
+        raise InputError(f"{documents}: no document in it has a token to predict{_to(tokenizer)}")
     unknown = _unknown(folder, shards, tokenizer)
     if unknown is not None and unknown["share"] > MOST_UNKNOWN:
         raise InputError(
-            f"{documents}: {unknown['share']:.0%} of its tokens are unknown{_by(tokenizer)}, for example "
-            f"{unknown['example']!r} of document {unknown['document']!r}; is it the tokenizer that the model was trained "
-            "with? Give the text as input_ids if it is"
+            f"{documents}: {unknown['share']:.0%} of its tokens are unknown{_to(tokenizer)}, for example "
+            f"{unknown['example']!r} of document {unknown['document']!r}; put the tokenizer there that the model was "
+            "trained with, or give the documents as input_ids"
         )
     manifest = {
         "key": key,
@@ -105,13 +105,13 @@ def tokenize(
     return path
 
 
-def _by(tokenizer: Any) -> str:
+def _to(tokenizer: Any) -> str:
     """Whose fault it may be."""
-    return "" if tokenizer is None else f" by the tokenizer of {tokenizer.name_or_path} ({type(tokenizer).__name__})"
+    return "" if tokenizer is None else f" to the tokenizer of {tokenizer.name_or_path} ({type(tokenizer).__name__})"
 
 
 def _unknown(folder: Path, shards: Sequence[dict[str, Any]], tokenizer: Any) -> dict[str, Any] | None:
-    """Share of the tokens that stand for what the tokenizer does not know, and an example; None without such a token."""
+    """Share of the tokens that stand for what the tokenizer does not know, and an example; None where it knows all."""
     token = unknown_token(tokenizer)
     if token is None:
         return None

@@ -111,7 +111,10 @@ class Pipeline(Indexing):
         """What a generation was built with that this configuration has not, None where it can answer."""
         for stage in self.config.stages:
             if manifest.get("recipes", {}).get(stage.name) != self.recipe(stage.name):
-                return f"other factors of stage {stage.name!r} (another model, other windows, another start of texts, or curvature settings)"
+                return (
+                    f"other factors of stage {stage.name!r} (another model, other windows, another start of texts, or "
+                    "other curvature settings)"
+                )
         same = manifest["codes_key"] == self.holding(manifest["factors"]).codes_folder().name
         return None if same else "another filter or sketch"
 

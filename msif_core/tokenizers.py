@@ -79,7 +79,7 @@ def _vocabularies(source: str, revision: str | None, names: Sequence[str]) -> li
 def _broken(source: str, files: list[str], error: Exception) -> InputError:
     mend = "save it there again"
     if any(name.endswith(".model") for name in files) and "tokenizer.json" not in files:
-        mend = f"{files[0]} is damaged, or what reads it is missing: pip install sentencepiece protobuf tiktoken"
+        mend = f"{files[0]} is damaged, or what reads it is missing: pip install sentencepiece protobuf"
     return InputError(f"{source}: its tokenizer cannot be loaded ({type(error).__name__}: {error}); {mend}")
 
 
@@ -174,7 +174,9 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     before, first = 0, 0  # tokens of the piece before, which a decoder may need to see, and of the one at hand
     for i in range(len(ids)):
         piece = read(ids[before : i + 1])[len(read(ids[before:first])) :]
-        whole = piece and not piece.endswith(REPLACEMENT)  # decoders replace the bytes of half a character, or drop them
+        whole = piece and not piece.endswith(
+            REPLACEMENT
+        )  # decoders replace the bytes of half a character, or drop them
         if not whole and i + 1 < len(ids) and i - first < 4:  # at most four bytes, and an empty token before them
             continue
         if REPLACEMENT in piece:  # no whole character comes of these bytes

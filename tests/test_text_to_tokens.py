@@ -81,7 +81,7 @@ def test_the_start_as_the_setting_has_it(tokenizers: dict[str, Any]) -> None:
     [(ids, _)] = encode({"text": "a kite"}, llama, start="never")
     assert llama.bos_token_id not in ids
     qwen2.bos_token = None
-    with pytest.raises(InputError, match="corpus.start is always, but its tokenizer has no start token"):
+    with pytest.raises(InputError, match=r"corpus.start is always, but its tokenizer has no start token"):
         encode({"text": "a kite"}, qwen2, start="always")
     [(ids, _)] = encode({"text": "a kite"}, tokenizers["gpt2"], start="always")
     assert ids[0] == tokenizers["gpt2"].bos_token_id
@@ -126,7 +126,7 @@ def test_a_token_that_straddles_the_seam_is_the_completions(tokenizers: dict[str
 
 
 def slow_words(folder: Path) -> Any:
-    """A slow tokenizer, whose words in capitals and small letters are the same, so that it does not give back its text."""
+    """A slow tokenizer, which does not give back what it does not know, nor capitals."""
     from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy as BertTokenizer
 
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "foo", "##bar", "bar"]))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece as spm
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GemmaTokenizer, PreTrainedTokenizerFast, dynamic_module_utils
@@ -17,7 +18,7 @@ from msif_core.errors import InputError
 from msif_core.pipeline import Pipeline
 from msif_core.plan import make_plan
 from msif_core.tokenizers import unknown_token
-from tests.real_tokenizers import MAKERS, saved
+from tests.real_tokenizers import MAKERS, TEXTS, saved
 
 CODE = """
 from transformers import PreTrainedTokenizerFast
@@ -127,15 +128,23 @@ def test_tokens_need_no_tokenizer_whatever_the_class_makes_up(tmp_path: Path) ->
 def test_a_tokenizer_far_smaller_than_its_model_is_refused(tmp_path: Path) -> None:
     found = language_model(tmp_path, "gemma", [{"id": "a", "text": "What is a kite?"}])
     GemmaTokenizer(vocab={"<unk>": 0, "a": 1}, merges=[]).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=rf"{tmp_path}: its tokenizer \(GemmaTokenizer\) knows \d tokens and its model 4"):
+    with pytest.raises(
+        InputError, match=rf"{tmp_path}: its tokenizer \(GemmaTokenizer\) knows \d tokens and its model 4"
+    ):
         found.tokenize("s")
 
 
-@pytest.mark.parametrize(("name", "family"), [("tokenizer.model", "llama"), ("tokenizer.model", "gemma")])
-def test_a_broken_sentencepiece_file_is_named(tmp_path: Path, name: str, family: str) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_a_sentencepiece_file_is_read_and_a_broken_one_is_named(tmp_path: Path, family: str) -> None:
     found = language_model(tmp_path, family, [{"id": "a", "text": "What is a kite?"}])
-    (tmp_path / name).write_bytes(b"no model")
-    with pytest.raises(InputError, match=rf"{tmp_path}: its tokenizer cannot be loaded .* {name} is damaged, or what"):
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_prefix=str(tmp_path / "tokenizer"), vocab_size=380, model_type="bpe",
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    assert len(found.tokenizer("s")) > 256
+    (tmp_path / "tokenizer.model").write_bytes(b"no model")
+    message = rf"{tmp_path}: its tokenizer cannot be loaded .* tokenizer.model is damaged, or what reads it is missing"
+    with pytest.raises(InputError, match=message):
         found.tokenizer("s")
 
 
@@ -162,7 +171,7 @@ def test_the_share_of_unknown_tokens_is_kept_and_a_large_one_refused(tmp_path: P
     assert unknown["share"] == pytest.approx(1 / sum(map(len, sequences.input_ids)))
     assert (unknown["document"], unknown["example"]) == ("odd", "☃")
     (tmp_path / "a.jsonl").write_text(json.dumps({"id": "g", "text": "Ω Ψ Φ a kite"}) + "\n")
-    with pytest.raises(InputError, match=r"\d\d% of its tokens are unknown by the tokenizer of .*'Ω' of document 'g'"):
+    with pytest.raises(InputError, match=r"\d\d% of its tokens are unknown to the tokenizer of .*'Ω' of document 'g'"):
         found.tokenize("s")
 
 
