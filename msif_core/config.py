@@ -120,11 +120,9 @@ class CorpusSettings(Settings):
         "and its template a chat. always: bos_token. never: none. Once, and in a document's first window alone."
     )  # fmt: skip
     shard_sequences: int = Field(
-        2048,
-        ge=1,
-        description="Target number of sequences in a shard. There are 1, 2, 4, 8... shards, so that one holds 0.7 to "
-        "1.4 times as many at first, and half to twice as many while the corpus grows or shrinks.",
-    )
+        2048, ge=1, description="Target number of sequences in a shard. There are 1, 2, 4, 8... shards, so that one "
+        "holds 0.7 to 1.4 times as many at first, and half to twice as many while the corpus grows or shrinks.",
+    )  # fmt: skip
     skip_bad_records: bool = Field(
         False,
         description="Count and skip malformed records instead of stopping; a file without a good one stops still.",
