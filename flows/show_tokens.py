@@ -25,8 +25,9 @@ def print_tokens(found: Sequence[Seen], console: Console) -> None:
             console.print(Text(f"{seen.kind} {_escaped(seen.record)}: no token of it has a loss; it is left out"))
             continue
         of = f", window {seen.window} of {seen.windows}" if seen.windows > 1 else ""
-        losses = sum(token.target for token in seen.tokens)
-        console.print(Text(f"{seen.kind} {_escaped(seen.record)}{of}: {len(seen.tokens)} tokens, {losses} with a loss"))
+        losses = f"{sum(token.target for token in seen.tokens)} with a loss"
+        what = losses if seen.label is None else f"label {seen.label} has the loss"
+        console.print(Text(f"{seen.kind} {_escaped(seen.record)}{of}: {len(seen.tokens)} tokens, {what}"))
         if seen.kind == "prompt":
             console.print(Text("       the model answers, and its answer has the loss"))
         for target, run in groupby(seen.tokens, key=lambda token: token.target):

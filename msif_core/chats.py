@@ -9,6 +9,7 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from msif_core.errors import InputError
+from msif_core.tokenizers import special_tokens
 
 Messages = list[dict[str, Any]]
 Spans = list[tuple[int, int]]
@@ -87,6 +88,19 @@ def written(record: Mapping[str, Any], tokenizer: Any, last_turn: bool = False) 
 def asked(record: Mapping[str, Any], tokenizer: Any) -> str:
     """A record's messages by the template, and the template's prompt for the assistant's turn."""
     return _render(tokenizer, turns(record), str(record["id"]), prompt=True)[0]
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The special token that ends the assistant's turn by the template, None without one."""
+    try:
+        example = [{"role": "user", "content": "a"}, {"role": ASSISTANT, "content": "b"}]
+        text, spans = written({"id": "", "messages": example}, tokenizer, last_turn=True)
+    except InputError:  # no template, or none for such a chat
+        return None
+    if not spans:
+        return None
+    ids, special = tokenizer(text[spans[0][0] :], add_special_tokens=False)["input_ids"], special_tokens(tokenizer)
+    return next((token for token in ids if token in special), None)
 
 
 def _added(tokenizer: Any, messages: Messages, row: int, text: str, name: str) -> tuple[int, int]:

@@ -173,7 +173,7 @@ def tokenize_shard(
         for window, (ids, labels) in enumerate(windows):
             row = (number << SHARD_BITS) | len(rows["window"])
             _append(rows, (row, record["id"], window, ids, labels, sequence_fingerprint(ids, labels)))
-            n_unknown += ids.count(unknown)
+            n_unknown += 0 if unknown is None else ids.count(unknown)
         source, metadata = record.get("source"), canonical_json(records.metadata_of(record))
         source = source if source is None or isinstance(source, str) else canonical_json(source)
         tokens = sum(len(ids) for ids, _ in windows)

@@ -13,7 +13,7 @@ from msif_core.batching import IGNORED
 from msif_core.encoding import Window, encode, encode_prompts
 from msif_core.queries import contrast_of
 from msif_core.stages import Stages
-from msif_core.tokenizers import token_texts
+from msif_core.tokenizers import special_tokens, token_texts
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,17 @@ class Token:
 
 @dataclass(frozen=True)
 class Seen:
-    """One window of a record; `kind` is document, query, contrast, or prompt (which the model is to answer)."""
+    """One window of a record; `kind` is document, query, contrast, or prompt (which the model is to answer).
+
+    `label` is that of a classification.
+    """
 
     record: str
     kind: str
     window: int
     windows: int
     tokens: list[Token]
+    label: int | None = None
 
 
 def seen_documents(stages: Stages, stage: str, count: int) -> list[Seen]:
@@ -51,9 +55,9 @@ def seen_documents(stages: Stages, stage: str, count: int) -> list[Seen]:
     found = list(islice(records.read_records(settings.documents, skipped, corpus.skip_bad_records), count))
     tokenizer = stages.tokenizer(stage)
     encoded = encode(found, tokenizer, stages.max_length(stage), settings.task, corpus.start)
-    return [
-        seen for record, own in zip(found, encoded, strict=True) for seen in _seen(record, "document", own, tokenizer)
-    ]
+    classified = settings.task == "classification"
+    shown = [_seen(record, "document", own, tokenizer, classified) for record, own in zip(found, encoded, strict=True)]
+    return [seen for windows in shown for seen in windows]
 
 
 def seen_queries(stages: Stages, source: Path | Sequence[records.Record], count: int) -> list[Seen]:
@@ -76,16 +80,18 @@ def seen_queries(stages: Stages, source: Path | Sequence[records.Record], count:
         for kind, one in asked.items():
             if one is not None:
                 (windows,) = encode([one], tokenizer, length, last.task, start, last_turn=True)
-                shown += _seen(record, kind, windows, tokenizer)
+                shown += _seen(record, kind, windows, tokenizer, last.task == "classification")
     return shown
 
 
-def _seen(record: records.Record, kind: str, windows: list[Window], tokenizer: Any) -> Iterator[Seen]:
-    special = set() if tokenizer is None else set(tokenizer.all_special_ids)
-    special |= {i for i, entry in getattr(tokenizer, "added_tokens_decoder", {}).items() if entry.special}
+def _seen(
+    record: records.Record, kind: str, windows: list[Window], tokenizer: Any, classified: bool = False
+) -> Iterator[Seen]:
+    special = set() if tokenizer is None else special_tokens(tokenizer)
     for number, (ids, labels) in enumerate(windows or [([], [])], 1):
         # The first label is that of a classification, or of a token that nothing predicts.
         targets = [bool(i) and label != IGNORED for i, label in enumerate(labels)]
         texts = token_texts(tokenizer, ids)
         tokens = [Token(i, text, on, i in special) for i, text, on in zip(ids, texts, targets, strict=True)]
-        yield Seen(str(record["id"]), kind, number, len(windows), tokens)
+        label = labels[0] if classified else None
+        yield Seen(str(record["id"]), kind, number, len(windows), tokens, label)

@@ -46,14 +46,14 @@ def load_tokenizer(source: str, revision: str | None = None, trust_remote_code: 
             source, revision=revision or "main", trust_remote_code=trust_remote_code
         )
     except Exception as error:  # of many kinds, as a broken file has it
-        if found := _vocabularies(source, revision, VOCABULARIES):
+        if found := _vocabulary(source, revision, VOCABULARIES):
             raise _broken(source, found, error) from None
         if not isinstance(error, OSError | ValueError):
             raise
         tokenizer = None
     if tokenizer is not None:
         named = tuple(type(tokenizer).vocab_files_names.values())  # empty where bytes are tokens
-        if not named or _vocabularies(source, revision, (*VOCABULARIES, *named)):
+        if not named or _vocabulary(source, revision, (*VOCABULARIES, *named)):
             return tokenizer
     adapter = adapter_settings(source, revision)
     if adapter is None:
@@ -61,8 +61,8 @@ def load_tokenizer(source: str, revision: str | None = None, trust_remote_code: 
     return load_tokenizer(adapter["base_model_name_or_path"], adapter.get("revision"), trust_remote_code)
 
 
-def _vocabularies(source: str, revision: str | None, names: Sequence[str]) -> list[str]:
-    """Those of the named files that the folder or hub id has."""
+def _vocabulary(source: str, revision: str | None, names: Sequence[str]) -> str | None:
+    """The first of the named files that the folder or hub id has."""
 
     def has(name: str) -> bool:
         if Path(source).is_dir():
@@ -73,13 +73,13 @@ def _vocabularies(source: str, revision: str | None, names: Sequence[str]) -> li
         except OSError:  # no such folder or hub id: what reads the checkpoint says so
             return False
 
-    return [name for name in dict.fromkeys(names) if has(name)]
+    return next((name for name in dict.fromkeys(names) if has(name)), None)
 
 
-def _broken(source: str, files: list[str], error: Exception) -> InputError:
+def _broken(source: str, file: str, error: Exception) -> InputError:
     mend = "save it there again"
-    if any(name.endswith(".model") for name in files) and "tokenizer.json" not in files:
-        mend = f"{files[0]} is damaged, or what reads it is missing: pip install sentencepiece protobuf"
+    if file.endswith(".model"):
+        mend = f"{file} is damaged, or what reads it is missing: pip install sentencepiece protobuf"
     return InputError(f"{source}: its tokenizer cannot be loaded ({type(error).__name__}: {error}); {mend}")
 
 
@@ -123,8 +123,13 @@ def start_tokens(tokenizer: Any, setting: str) -> list[int]:
 def end_token(tokenizer: Any) -> tuple[int | None, set[int]]:
     """The token that ends a text, and those after which none is put: itself, and other special ones, as of a chat."""
     end = tokenizer.eos_token_id
-    special = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
-    return end, special - {unknown_token(tokenizer)} | {end}
+    return end, special_tokens(tokenizer) - {unknown_token(tokenizer)} | {end}
+
+
+def special_tokens(tokenizer: Any) -> set[int]:
+    """Tokens that are no text: the start, the end, those of a chat's turns."""
+    added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
+    return added | set(tokenizer.all_special_ids)
 
 
 def unknown_token(tokenizer: Any) -> int | None:

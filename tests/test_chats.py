@@ -10,11 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from msif_core import corpus, encoding, records
+from msif_core import chats, corpus, encoding, records
 from msif_core.batching import IGNORED
 from msif_core.config import HubDataset
 from msif_core.errors import InputError
+from msif_core.generating import complete
 from msif_core.queries import load_queries
+from tests.conftest import make_model
 from tests.real_tokenizers import gemma, llama, qwen2
 from tests.words import build, write_jsonl
 
@@ -146,13 +148,13 @@ def test_messages_that_are_no_chat(record: dict[str, Any], problem: str) -> None
 
 
 def test_chats_are_documents_from_every_source(tmp_path: Path, chatml: Any) -> None:
-    chats = [{"id": "a", "messages": [ASK, ANSWER]}, {"id": "b", "messages": [MORE], "completion": "An oak."}]
-    build(write_jsonl(tmp_path / "a.jsonl", chats), tmp_path / "jsonl", chatml, max_length=64)
-    rows = [{"id": "a", "messages": [{**ASK, "name": None}, ANSWER], "completion": None}, chats[1]]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    rows = [{"id": "a", "messages": [ASK, ANSWER]}, {"id": "b", "messages": [MORE], "completion": "An oak."}]
+    build(write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "jsonl", chatml, max_length=64)
+    table = [{"id": "a", "messages": [{**ASK, "name": None}, ANSWER], "completion": None}, rows[1]]
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "a.parquet")
     build(str(tmp_path / "a.parquet"), tmp_path / "parquet", chatml, max_length=64)
     (tmp_path / "hub").mkdir()
-    write_jsonl(tmp_path / "hub" / "train.jsonl", chats[:1])
+    write_jsonl(tmp_path / "hub" / "train.jsonl", rows[:1])
     build(HubDataset(dataset=str(tmp_path / "hub"), id="id"), tmp_path / "set", chatml, max_length=64)
     found = [corpus.sequences_of_documents(tmp_path / name, ["a"]) for name in ("jsonl", "parquet", "set")]
     assert len({sequences.fingerprints[0] for sequences in found}) == 1
@@ -190,3 +192,16 @@ def test_a_query_of_messages_is_explained_by_its_last_turn_or_answered(chatml: A
     assert all("oak" in text and "A tree." in text for text in found.texts)
     with pytest.raises(InputError, match="contrast is the completion itself"):
         load_queries([{"id": "q", "messages": [ASK, ANSWER], "contrast": ANSWER["content"]}], chatml, 64, "causal_lm")
+
+
+def test_an_answer_ends_where_the_template_ends_a_turn() -> None:
+    """A chat model's turns may end with another token than its texts."""
+    tokenizer = with_template(qwen2(), CHATML)
+    tokenizer.eos_token = "<|endoftext|>"
+    assert chats.turn_end(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert chats.turn_end(with_template(qwen2(), None)) is None
+    assert chats.turn_end(with_template(llama(), MARKED)) == llama().eos_token_id
+    model, options = make_model("llama"), {"max_length": 30, "max_new_tokens": 8, "batch_tokens": 64}
+    (answer,) = complete(model, [[3, 4, 5]], ends=[None], **options)
+    stop = next(i for i, token in enumerate(answer) if i and token != answer[0])
+    assert complete(model, [[3, 4, 5]], ends=[None, answer[stop]], **options) == [answer[: stop + 1]]

@@ -89,6 +89,12 @@ def test_a_tokenizer_s_own_code_runs_only_where_it_is_trusted(roberta: Path, mon
     assert type(pipeline(roberta).tokenizer("s")).__name__ != "OwnTokenizer"
 
 
+def test_the_tokens_of_a_classification_are_shown_with_its_label(roberta: Path) -> None:
+    save_tokenizer(roberta, model_max_length=10)
+    (seen,) = pipeline(roberta).tokens("s")
+    assert (seen.label, len(seen.tokens), any(token.target for token in seen.tokens)) == (0, 10, False)
+
+
 # -- a folder without its tokenizer -------------------------------------------------------------------
 
 
