@@ -19,6 +19,12 @@ ASSISTANT = "assistant"
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """A template that says itself what the assistant generates."""
 
+DATED, UNDATED = "strftime_now is defined", "{% set strftime_now = undefined_today %}"
+"""A template that writes the day of its use, unless there is no clock; and what takes the clock away.
+
+A record's tokens must not change from day to day.
+"""
+
 
 def problem_of_messages(record: Mapping[str, Any], answered: bool = True) -> str | None:
     """What is wrong with a record's `messages`, None if nothing is; `answered` ones need a turn of the assistant's."""
@@ -118,12 +124,13 @@ def _added(tokenizer: Any, messages: Messages, row: int, text: str, name: str) -
 
 def _template(tokenizer: Any, name: str) -> str:
     try:
-        return str(tokenizer.get_chat_template())
+        template = str(tokenizer.get_chat_template())
     except (AttributeError, ValueError):
         raise InputError(
             f"record {name!r} is a chat (messages), but the tokenizer of {tokenizer.name_or_path} has no chat "
             "template; give the record as prompt and completion, or add the model's chat_template.jinja to its folder"
         ) from None
+    return UNDATED + template if DATED in template else template
 
 
 def _render(tokenizer: Any, messages: Messages, name: str, prompt: bool = False) -> tuple[str, Spans]:

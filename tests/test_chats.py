@@ -129,6 +129,14 @@ def test_messages_that_a_template_refuses_are_named() -> None:
         encode([ASK, ANSWER], tokenizer)
 
 
+def test_a_chat_is_the_same_every_day() -> None:
+    """As Llama 3.2's template has it: the day of use where there is a clock, and its own day without one."""
+    dated = "{% set day = strftime_now('%d %b %Y') if strftime_now is defined else '26 Jul 2024' %}{{ day }}\n" + CHATML
+    tokenizer = with_template(qwen2(), dated)
+    [(ids, _)] = encode([ASK, ANSWER], tokenizer)
+    assert tokenizer.decode(ids).startswith("26 Jul 2024\n<|im_start|>user\n")
+
+
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
