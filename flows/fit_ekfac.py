@@ -5,8 +5,8 @@ from prefect import flow, get_run_logger
 from flows.parameters import Configuration
 from flows.runners import share
 from msif_core.config import Config
-from msif_core.models import coverage
 from msif_core.pipeline import Pipeline
+from msif_core.tracking import coverage
 from tasks import curvature
 
 

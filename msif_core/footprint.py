@@ -14,7 +14,7 @@ from msif_core import losses
 from msif_core.config import Config
 from msif_core.curvature.fit import partitions, statistics
 from msif_core.curvature.gradients import CACHED_ENTRIES, CHUNK_ENTRIES, CPU_ROWS, CPU_SEQUENCES
-from msif_core.models import TrackedMap
+from msif_core.tracking import TrackedMap
 from msif_core.work import Work
 
 PROCESS = 0.45e9

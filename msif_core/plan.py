@@ -22,9 +22,9 @@ from msif_core.devices import Rates, rates
 from msif_core.errors import InputError
 from msif_core.index import cells, kind_for
 from msif_core.meta_models import meta_model, window
-from msif_core.models import TrackedMap, coverage, tracked_maps
 from msif_core.probe import PassTime
 from msif_core.scoring import COPIES, query_groups
+from msif_core.tracking import TrackedMap, coverage, tracked_maps
 from msif_core.work import Work
 from msif_core.workspace import Workspace
 

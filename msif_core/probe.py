@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from msif_core import directions, models, scoring
+from msif_core import directions, models, scoring, tracking
 from msif_core.batching import Sequences, sequence_fingerprint
 from msif_core.chain import Chain, FilteredStage
 from msif_core.config import Config, Stage
@@ -108,7 +108,7 @@ def _data(model: Any, stage: Stage, count: int, tokens: int) -> Sequences:
 
 
 def _passes(config: Config, stage: Stage, model: nn.Module, sequences: Sequences, folder: Path, share: float) -> Passes:
-    maps = models.tracked_maps(model, config.curvature)
+    maps = tracking.tracked_maps(model, config.curvature)
     batch, budget = config.compute.batch_tokens, config.curvature.memory_budget_gb
     device = next(model.parameters()).device
     query = {m.name: torch.randn(1, *m.shape, device=device) for m in maps}
@@ -138,9 +138,9 @@ def _passes(config: Config, stage: Stage, model: nn.Module, sequences: Sequences
     }
 
 
-def _random_factors(folder: Path, maps: list[models.TrackedMap], device: str) -> Factors:
+def _random_factors(folder: Path, maps: list[tracking.TrackedMap], device: str) -> Factors:
     """Factors on disk that cost the passes what fitted ones do."""
-    files = {}
+    files: dict[str, dict[str, object]] = {}
     for m in maps:
         found = MapFactors(torch.randn(m.d_in, m.d_in), torch.randn(*m.pieces, m.pieces[1]), torch.rand(m.shape))
         names = {
@@ -151,8 +151,8 @@ def _random_factors(folder: Path, maps: list[models.TrackedMap], device: str) ->
         write_tensors(folder / names["input"], {"Q_A": found.Q_A / m.d_in**0.5})
         write_tensors(folder / names["bases"], {"Q_S": found.Q_S / m.pieces[1] ** 0.5})
         write_tensors(folder / names["eigenvalues"], {"eigenvalues": found.eigenvalues})
-        files[m.name] = names
-    return Factors(folder, {"maps": files, "mean_targets": 1.0, "sequences": 1}, device, None)
+        files[m.name] = names | {"mean": found.mean.flatten().tolist()}
+    return Factors(folder, {"maps": files, "unreached": [], "mean_targets": 1.0, "sequences": 1}, device, None)
 
 
 def _median_seconds(runs: dict[Path, Callable[[int], object]], device: str) -> dict[Path, float]:

@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from msif_core.models import TrackedMap
+from msif_core.tracking import TrackedMap
 
 EIGH_FLOPS = 9.0
 """Operations of a symmetric eigendecomposition with vectors, divided by n^3."""

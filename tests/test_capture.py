@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,13 +11,15 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from msif_core.batching import IGNORED, Batch, Sequences, batches
-from msif_core.capture import capture, counted_positions, forward
+from msif_core.capture import capture, counted_positions
 from msif_core.config import CurvatureSettings
 from msif_core.curvature.fit import NonFiniteError, covariance_sums, finite_sequences
 from msif_core.errors import InputError
+from msif_core.forward import forward
 from msif_core.losses import target_loss
-from msif_core.models import TrackedMap, freeze, tracked_maps
+from msif_core.models import freeze
 from msif_core.scoring import query_gradients
+from msif_core.tracking import TrackedMap, tracked_maps
 from tests.conftest import VOCAB, make_model, make_sequences, task_of, tolerance
 
 ROOMY = 10_000
@@ -93,7 +94,7 @@ def test_a_module_may_write_into_a_maps_output() -> None:
 
 @pytest.mark.parametrize("called", [False, True])
 @pytest.mark.parametrize("alone", [False, True])
-def test_a_map_that_does_not_reach_the_loss_is_refused(called: bool, alone: bool) -> None:
+def test_a_map_that_does_not_reach_the_loss_has_no_rows(called: bool, alone: bool) -> None:
     model = make_model("gpt_neox")
     model.add_module("aside", torch.nn.Linear(4, 4, dtype=torch.float64).requires_grad_(False))
 
@@ -104,8 +105,10 @@ def test_a_map_that_does_not_reach_the_loss_is_refused(called: bool, alone: bool
         model.get_input_embeddings().register_forward_hook(call_aside)
     others = [] if alone else tracked_maps(make_model("gpt_neox"), CurvatureSettings())
     aside = TrackedMap("aside", 5, 4, True, 1, 1, "aside")
-    with pytest.raises(InputError, match="aside: does not reach the loss"):
-        capture(model, [*others, aside], only(make_sequences(2)), target_loss("causal_lm"), lambda *_: None)
+    seen: list[str] = []
+    maps = [*others, aside]
+    capture(model, maps, only(make_sequences(2)), target_loss("causal_lm"), lambda m, _rows: seen.append(m.name))
+    assert sorted(seen) == sorted(m.name for m in others)
 
 
 def test_gradient_does_not_depend_on_the_batch(architecture: str, small_models: dict[str, Any]) -> None:
@@ -235,7 +238,7 @@ def test_labels_are_shifted(decoder: str, small_models: dict[str, Any]) -> None:
     log_p = forward(model, batch).logits.log_softmax(-1)
     torch.testing.assert_close(target_loss("causal_lm")(forward(model, batch), batch), -log_p[0, 3, labels[4]])
     seen = {}
-    capture(model, maps, batch, target_loss("causal_lm"), lambda m, a, d: seen.update({m.name: (a, d)}))
+    capture(model, maps, batch, target_loss("causal_lm"), lambda m, rows: seen.update({m.name: (rows.a, rows.d)}))
     for a, d in seen.values():
         assert (d[0, 4:] == 0).all()
         assert (a[0, 4:] == 0).all()
@@ -252,9 +255,9 @@ def test_prompts_count_and_padding_does_not(decoder: str, small_models: dict[str
     counted = counted_positions(model, batch)
     assert counted is not None
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    capture(model, [m], batch, target_loss("causal_lm"), lambda _m, a, d: seen.append((a, d)))
+    capture(model, [m], batch, target_loss("causal_lm"), lambda _m, rows: seen.append((rows.a, rows.d)))
     a, d = seen[0]
-    outside = ~counted[..., 0]
+    outside = ~counted
     assert (a[outside] == 0).all()
     assert (d[outside] == 0).all()
     assert d[:, 0].abs().amax(dim=(1, 2)).min() > 0  # prompt tokens receive gradient through attention
@@ -272,21 +275,41 @@ def test_a_decoder_classifier_reads_its_last_real_token() -> None:
         forward(model, only(sequences))
 
 
-def test_a_map_called_twice_is_refused() -> None:
+def test_a_map_called_twice_has_the_gradient_of_both_calls() -> None:
     model = make_model("gpt_neox")
     model.gpt_neox.layers[1].mlp = model.gpt_neox.layers[0].mlp
     maps = tracked_maps(model, CurvatureSettings())
-    with pytest.raises(InputError, match=re.escape("gpt_neox.layers.0.mlp.dense_h_to_4h: called twice")):
-        query_gradients(model, maps, make_sequences(2), ROOMY, task="causal_lm")
+    twice = [m for m in maps if ".mlp." in m.name]
+    assert len(twice) == 2, "a module that two places share is tracked once"
+    sequences = make_sequences(3)
+    found = query_gradients(model, maps, sequences, ROOMY, task="causal_lm")
+    for m in maps:
+        expected = weight_gradient(model, m, only(sequences), "causal_lm")
+        torch.testing.assert_close(found[m.name].sum(0), expected, rtol=1e-9, atol=1e-12)
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_map_that_does_not_read_what_its_siblings_read_is_refused() -> None:
-    """As in MobileBERT, whose values read another tensor than its queries and keys: A and a are taken once for all."""
+def test_maps_that_read_different_inputs_share_nothing() -> None:
+    """As in MobileBERT, whose values read another tensor than its queries and keys."""
     model = make_model("bert")
     attention = model.bert.encoder.layer[1].attention.self
     attention.value.register_forward_pre_hook(lambda _module, args: (2 * args[0],))
     maps = tracked_maps(model, CurvatureSettings())
+    groups = [m.input_group for m in maps if "layer.1.attention.self" in m.name]
+    assert len(set(groups)) == 3
+    sequences = make_sequences(3, task="classification")
+    found = query_gradients(model, maps, sequences, ROOMY, task="classification")
+    for m in maps:
+        expected = weight_gradient(model, m, only(sequences), "classification")
+        torch.testing.assert_close(found[m.name].sum(0), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_map_that_stops_reading_what_its_siblings_read_is_refused() -> None:
+    """A and a are taken once for all of them."""
+    model = make_model("bert")
+    maps = tracked_maps(model, CurvatureSettings())
+    attention = model.bert.encoder.layer[1].attention.self
+    attention.value.register_forward_pre_hook(lambda _module, args: (2 * args[0],))
     with pytest.raises(InputError, match=r"layer.1.attention.self.value: reads another input than the maps"):
         query_gradients(model, maps, make_sequences(2, task="classification"), ROOMY, task="classification")
 

@@ -18,7 +18,8 @@ from msif_core.curvature.factors import MapFactors
 from msif_core.curvature.fit import covariance_sums
 from msif_core.curvature.gradients import RotatedGradients
 from msif_core.losses import target_loss
-from msif_core.models import TrackedMap, tracked_maps
+from msif_core.rows import Rows
+from msif_core.tracking import TrackedMap, tracked_maps
 from tests.conftest import make_model, make_sequences, task_of
 
 
@@ -74,9 +75,9 @@ def enumerated_eigenvalues(
         many = Sequences([ids] * len(p), labels, ["0"] * len(p), ["d"] * len(p), np.arange(len(p)))
         (batch,) = batches(many, 10_000)
 
-        def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, p: torch.Tensor = p) -> None:
+        def consume(m: TrackedMap, captured: Rows, p: torch.Tensor = p) -> None:
             total = found[m.name].flatten(0, 1)
-            for part, rows, rotated in RotatedGradients(factors, torch.float64).blocks(m, a, d):
+            for part, rows, rotated in RotatedGradients(factors, torch.float64).blocks(m, captured.a, captured.d):
                 total[rows] += (p[part, None, None] * rotated.square()).sum(0)
 
         capture(model, maps, batch, target_loss(task), consume)
