@@ -13,14 +13,14 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 
 from flows import prefect_defaults
+from flows.plain_console import PlainConsole, visible
 from msif_core.config import Config
 from msif_core.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-console = Console(soft_wrap=False)
+console = PlainConsole(soft_wrap=False)
 
 DEMO = Path(__file__).parent.parent / "deployments" / "configs" / "demo.yaml"
 ConfigFile = Annotated[Path, typer.Argument(help="The configuration, a YAML file.", metavar="CONFIG")]
@@ -37,7 +37,7 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        print(f"msif: {error}", file=sys.stderr)
+        print(visible(f"msif: {error}"), file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -203,7 +203,7 @@ def report(
     from msif_core.workspace import Workspace
 
     folder = Workspace(Config.load(config).workspace.resolve()).attributions / run
-    console.print(Attribution.open(folder).to_html(folder / "page.html", query or ()))
+    console.print(str(Attribution.open(folder).to_html(folder / "page.html", query or ())), soft_wrap=True)
 
 
 @app.command()
