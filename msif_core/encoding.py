@@ -36,14 +36,14 @@ def _texts(record: records.Record, tokenizer: Any) -> list[str]:
     if "input_ids" in record:
         return []
     _need_tokenizer(record, tokenizer)
-    return [record["prompt"], record["completion"]] if "prompt" in record else [record["text"]]
+    return [record["prompt"], record["completion"]] if records.is_pair(record) else [record["text"]]
 
 
 def _windows(record: records.Record, tokens: Iterator[list[int]], tokenizer: Any, max_length: int) -> list[Window]:
     """One record's; `tokens` come in the order of its texts."""
     if "input_ids" in record:
         ids, labels = record["input_ids"], record.get("labels") or record["input_ids"]
-    elif "prompt" in record:
+    elif records.is_pair(record):
         prompt, completion = next(tokens), next(tokens) + _end(tokenizer)
         completion = completion[: max_length - 1]
         prompt = prompt[max(0, len(prompt) + len(completion) - max_length) :]
