@@ -33,6 +33,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     prefect_defaults()
     logging.disable(logging.DEBUG)
+    logging.raiseExceptions = False  # what cannot be logged, as on a full disk, is no error of its own
     signal.signal(signal.SIGTERM, _leave)
     try:
         app()
@@ -54,13 +55,23 @@ def orchestrated(config: Config, keep: bool) -> Iterator[None]:
     from flows.runners import model_tasks
     from flows.server import limit_accelerator, server
     from flows.terminal import quiet_log, steps_shown
+    from msif_core import storage
 
+    workspace = config.workspace.resolve()
+    storage.check_room(workspace)
     transformers.utils.logging.disable_progress_bar()
     with server(config.workspace, keep) as url:
         console.print(f"Prefect: {url.removesuffix('/api')}/runs")
         limit_accelerator(model_tasks(config))
         with quiet_log(), steps_shown(console):
-            yield
+            try:
+                with storage.told(workspace):
+                    yield
+            except InputError:
+                raise
+            except Exception:
+                storage.check_room(workspace)  # a full disk stops a local server too, which does not say so
+                raise
 
 
 @app.command()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
 
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.logging.handlers import PrefectConsoleHandler
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
@@ -22,7 +23,7 @@ EVERY = 10.0
 def quiet_log() -> Iterator[None]:
     """Prefect's log on the terminal from warnings on, without the user's own mistakes; the UI keeps all of it.
 
-    A mistake (`InputError`) is told once, by the command line, when it ends.
+    A mistake (`InputError`), or a server that fails, is told once, by the command line, when it ends.
     """
     loggers = [logging.getLogger(), *map(logging.getLogger, logging.Logger.manager.loggerDict)]
     handlers = {h for logger in loggers for h in logger.handlers if isinstance(h, PrefectConsoleHandler)}
@@ -41,8 +42,10 @@ def quiet_log() -> Iterator[None]:
 
 
 def _told_elsewhere(record: logging.LogRecord) -> bool:
-    mistake = record.exc_info and isinstance(record.exc_info[1], InputError)
-    return not mistake and InputError.__name__ not in record.getMessage()
+    told = InputError, PrefectHTTPStatusError
+    mistake = record.exc_info and isinstance(record.exc_info[1], told)
+    silent = ("Failed to write result", *(error.__name__ for error in told))  # nobody reads Prefect's copy of a result
+    return not mistake and not any(words in record.getMessage() for words in silent)
 
 
 @contextmanager

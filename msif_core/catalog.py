@@ -67,7 +67,7 @@ def publish(workspace: Path) -> Path:
 
     Returns the new file, catalog/catalog-<n>.duckdb. Readers of the file before are not disturbed.
     """
-    with _publishing:
+    with _publishing, storage.told(Path(workspace) / "catalog"):
         return _publish(Path(workspace).resolve())
 
 
@@ -79,7 +79,8 @@ def _publish(workspace: Path) -> Path:
         # DuckDB takes what follows a ? in a path for options of the file, so it writes where no folder's name has one.
         with TemporaryDirectory(prefix="msif-catalog-") as elsewhere, storage.atomic_path(target) as temporary:
             built = Path(elsewhere) / "catalog.duckdb"
-            _build(workspace, built)
+            with storage.told(built.parent):
+                _build(workspace, built)
             shutil.copyfile(built, temporary)
     except BaseException:
         target.unlink(missing_ok=True)

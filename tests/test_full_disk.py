@@ -1,0 +1,159 @@
+"""A full disk and a workspace that cannot be written to: one sentence, nothing half-written, and then it goes on.
+
+A limit on the size of files stands for the full disk: every writer meets it, whoever runs the test.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from msif_core import catalog, index, storage
+from msif_core.errors import InputError
+from msif_core.lexical import LexicalIndex
+from msif_core.pipeline import Pipeline
+from tests.tiny_project import column
+from tests.workspace_fixture import write_workspace
+
+SENTENCE = (
+    r"^/.*: (File too large|No space left on device); make room \(`msif prune CONFIG` drops what is no longer used\) "
+    "or lift the limit, then run the same command again: it goes on where it stopped$"
+)
+NUMBERS = np.random.default_rng(0).normal(size=(300, 100)).astype(np.float32)
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """No file of this process grows beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def save_array(path: Path) -> None:
+    with open(path, "wb") as handle:
+        np.save(handle, NUMBERS)
+
+
+def save_index(path: Path) -> None:
+    full = faiss.IndexFlat(100)
+    full.add(NUMBERS)
+    index._write(full, path)
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "text": lambda path: path.write_text("a" * 100_000),
+    "parquet": lambda path: pq.write_table(pa.table({"a": NUMBERS.ravel()}), path),
+    "safetensors": lambda path: save_file({"a": torch.from_numpy(NUMBERS)}, path),
+    "index": save_index,
+    "array": save_array,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_one_sentence_whoever_writes(name: str, tmp_path: Path) -> None:
+    with files_up_to(10_000), pytest.raises(InputError, match=SENTENCE):
+        storage.build_once(tmp_path / "file", WRITERS[name])
+    assert {path.name for path in tmp_path.iterdir()} == {".tmp-lock-file"}
+    assert storage.build_once(tmp_path / "file", WRITERS[name]).stat().st_size > 10_000
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "file.sha256"}
+
+
+def write_lexical(folder: Path) -> None:
+    texts = [(f"d{i}", f"word{i} of many") for i in range(2_000)]
+    with storage.atomic_folder(folder) as temporary:
+        LexicalIndex.build(texts).save(temporary)
+
+
+def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
+    with files_up_to(10_000), pytest.raises(InputError, match=SENTENCE):
+        write_lexical(tmp_path / "lexical")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_catalog_is_whole_or_the_one_before(tmp_path: Path) -> None:
+    root = write_workspace(tmp_path)
+    catalog.publish(root)
+    with files_up_to(20_000), pytest.raises(InputError, match=SENTENCE):
+        catalog.publish(root)
+    assert sorted(path.name for path in (root / "catalog").iterdir()) == ["CURRENT", "catalog-1.duckdb"]
+    assert catalog.query(root, "SELECT * FROM runs").num_rows == 1
+    catalog.publish(root)
+
+
+def test_other_errors_are_left_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), storage.atomic_path(tmp_path / "file"):
+        (tmp_path / "none").read_text()
+    with pytest.raises(PermissionError), storage.told(tmp_path):
+        raise PermissionError(13, "Permission denied", "/a/source/of/somebody")
+
+
+def test_a_build_goes_on_where_the_disk_was_full(project: Path) -> None:
+    """Every time it gets a little further, and in the end the index is that of an undisturbed build."""
+    pipeline = Pipeline.from_config(project)
+    stopped: list[str] = []
+    for size in (500, 4_000, 10_000, 48_000, 500_000):
+        try:
+            with files_up_to(size):
+                pipeline.run()
+        except InputError as error:
+            stopped.append(str(error))
+        names = {p.name for p in pipeline.workspace.root.rglob(".tmp-*") if not p.name.startswith(storage.LOCK)}
+        assert not names
+    assert all(re.match(SENTENCE, message) for message in stopped)
+    root = pipeline.workspace.root
+    parts = [Path(message.partition(":")[0]).relative_to(root).parts[0] for message in stopped]
+    assert list(dict.fromkeys(parts)) == ["corpus", "factors", "codes"]
+    pipeline.run()
+    built = pipeline.workspace.published()
+    assert column(pipeline, "SELECT generation FROM generations WHERE published", "generation") == [built]
+    shutil.rmtree(root)
+    pipeline.run()
+    assert pipeline.workspace.published() == built
+
+
+READ_ONLY = """
+import sys
+from flows import cli
+sys.argv = ["msif", *sys.argv[1:]]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("command", [["run"], ["attribute", "--queries", "q.jsonl"], ["report", "run"], ["serve"]])
+def test_a_workspace_that_cannot_be_written_to_is_one_sentence(tmp_path: Path, command: list[str]) -> None:
+    from tests.test_cli import config
+
+    root = write_workspace(tmp_path / "workspace")
+    (root / "attributions" / "20260101-000000-aaaaaa").rename(root / "attributions" / "run")
+    mount = 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1"'
+    inside = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*inside, mount, "sh", root], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a folder read-only in a namespace of its own")
+    called = [sys.executable, "-c", READ_ONLY, command[0], str(config(tmp_path)), *command[1:]]
+    done = subprocess.run(
+        [*inside, mount + ' && shift && exec "$@"', "sh", root, *called], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"msif: {root}")
+    wanted = ": cannot be written to (Read-only file system); make it writable, or name another folder\n"
+    assert done.stderr.endswith(wanted)
+    assert done.stderr.count("\n") == 1
