@@ -326,6 +326,13 @@ class Config(Settings):
 
     _home = field_validator("workspace", "queries", mode="before")(_at_home)
 
+    @field_validator("workspace")
+    @classmethod
+    def _duckdb_reads_it(cls, folder: Path) -> Path:
+        if "\\" in str(folder.absolute()):
+            raise ValueError("DuckDB takes a backslash in a path for a slash; name a folder without one")
+        return folder
+
     @field_validator("attribute_to", mode="before")
     @classmethod
     def _attribute_to_first(cls, name: Any, known: ValidationInfo) -> Any:

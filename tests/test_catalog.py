@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,10 @@ import pyarrow as pa
 import pytest
 
 from msif_core import catalog
+from msif_core.config import Config
 from msif_core.errors import InputError
+from msif_core.pipeline import Pipeline
+from tests.tiny_project import asked, column
 from tests.workspace_fixture import MAPS, write_attribution, write_workspace
 
 
@@ -142,6 +146,17 @@ def test_any_name_of_a_folder_will_do(tmp_path: Path, name: str) -> None:
         assert catalog.query(root, f"SELECT count(*) AS n FROM {view}")["n"].to_pylist() == [rows], view
     assert catalog.query(root, "SELECT DISTINCT run_id FROM influences").num_rows == 1
     assert sorted(path.name for path in (root / "catalog").iterdir()) == ["CURRENT", "catalog-1.duckdb"]
+
+
+def test_a_build_in_a_folder_of_any_name(project: Path, tmp_path: Path) -> None:
+    settings = json.loads(project.read_text()) | {"workspace": str(tmp_path / "ws [v1] 100%#1?x*y")}
+    pipeline = Pipeline(Config.model_validate(settings))
+    pipeline.run()
+    answered = pipeline.attribute(asked(project)[:1])
+    pipeline.publish_catalog()
+    assert column(pipeline, "SELECT DISTINCT run_id FROM answers", "run_id") == [answered.run_id]
+    answered.to_html(answered.folder / "page.html")
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "documents.jsonl", "ws [v1] 100%#1?x*y"}
 
 
 def test_the_workspace_and_nothing_else_is_readable(workspace: Path, tmp_path: Path) -> None:

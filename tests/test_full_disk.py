@@ -23,11 +23,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from msif_core import catalog, index, storage
+from msif_core import catalog, index, storage, training
 from msif_core.errors import InputError
 from msif_core.lexical import LexicalIndex
 from msif_core.pipeline import Pipeline
-from tests.tiny_project import column
+from msif_core.training import new_model, train_tokenizer
+from tests.tiny_project import ARCHITECTURE, column
 from tests.workspace_fixture import write_workspace
 
 SENTENCE = (
@@ -87,6 +88,20 @@ def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
     with files_up_to(10_000), pytest.raises(InputError, match=SENTENCE):
         write_lexical(tmp_path / "lexical")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_is_whole_or_the_one_before(tmp_path: Path) -> None:
+    text = ["of a checkpoint"]
+    tokenizer = train_tokenizer(text, 300)
+    model = new_model(tokenizer, ARCHITECTURE)
+    training._save(model, tokenizer, tmp_path / "model", {"key": "first"})
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    with files_up_to(10_000), pytest.raises(InputError, match=SENTENCE):
+        training._save(model, tokenizer, tmp_path / "model", {"key": "second"})
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+    training._save(model, tokenizer, tmp_path / "model", {"key": "third"})
+    assert storage.read_json(tmp_path / "model" / training.RECORD) == {"key": "third"}
 
 
 def test_a_catalog_is_whole_or_the_one_before(tmp_path: Path) -> None:
