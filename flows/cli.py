@@ -321,11 +321,13 @@ def serve(
     from flows.runners import model_tasks
     from flows.serve import alone, check_cron, serve_flows
     from flows.server import limit_accelerator, server
+    from msif_core import storage
 
     settings = Config.load(config)
     name = settings.workspace.name
     if cron is not None:
         check_cron(cron)
+    storage.check_room(settings.workspace.resolve())
     with alone(settings.workspace), server(settings.workspace, keep_server) as url:
         limit_accelerator(model_tasks(settings))
         console.print(f"Prefect: {url.removesuffix('/api')}/deployments", soft_wrap=True)

@@ -56,7 +56,7 @@ def train(sample: FloatArray, settings: IndexSettings, sequences: int, path: Pat
 
 def _write(index: Any, path: Path) -> None:
     """Write an index; `faiss.write_index` would only print that a disk is full when it closes the file."""
-    path.write_bytes(memoryview(faiss.serialize_index(index)))
+    path.write_bytes(faiss.serialize_index(index).tobytes())
 
 
 def encode(trained: Path, phi: FloatArray) -> CodeArray:

@@ -332,7 +332,7 @@ def _row(source: HubDataset, number: int, row: Record) -> Record:
         raise InputError(f"dataset {source.dataset}: no column {missing[0]!r}; it has {sorted(row)}")
     rest = {key: value for key, value in row.items() if key not in (*ENCODED, "id", source.text, source.id)}
     read = [key for key in ("text", "prompt", "completion") if key in row]
-    encoded = {key: row[key] for key in read} if paired else {"text": row[source.text]}
+    encoded: Record = {key: row[key] for key in read} if paired else {"text": row[source.text]}
     key = f"{source.dataset}/{source.split}/{number}" if source.id is None else row[source.id]
     return {"id": key, **encoded, **rest}
 

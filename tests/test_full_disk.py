@@ -5,6 +5,7 @@ A limit on the size of files stands for the full disk: every writer meets it, wh
 
 from __future__ import annotations
 
+import json
 import re
 import resource
 import shutil
@@ -145,12 +146,15 @@ def test_a_build_goes_on_where_the_disk_was_full(project: Path) -> None:
     assert pipeline.workspace.published() == built
 
 
-READ_ONLY = """
-import sys
-from flows import cli
-sys.argv = ["msif", *sys.argv[1:]]
-cli.main()
-"""
+INSIDE = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+"""A shell that may mount what it likes, in a namespace that nobody else sees and that goes with it."""
+
+MSIF = "import sys; from flows import cli; sys.argv[0] = 'msif'; cli.main()"
+
+
+def needs(*called: str | Path) -> None:
+    if shutil.which("unshare") is None or subprocess.run([*INSIDE, *called], capture_output=True).returncode:
+        pytest.skip("needs the right to mount in a namespace of its own")
 
 
 @pytest.mark.parametrize("command", [["run"], ["attribute", "--queries", "q.jsonl"], ["report", "run"], ["serve"]])
@@ -160,15 +164,48 @@ def test_a_workspace_that_cannot_be_written_to_is_one_sentence(tmp_path: Path, c
     root = write_workspace(tmp_path / "workspace")
     (root / "attributions" / "20260101-000000-aaaaaa").rename(root / "attributions" / "run")
     mount = 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1"'
-    inside = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
-    if shutil.which("unshare") is None or subprocess.run([*inside, mount, "sh", root], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a folder read-only in a namespace of its own")
-    called = [sys.executable, "-c", READ_ONLY, command[0], str(config(tmp_path)), *command[1:]]
+    needs(mount, "sh", root)
+    called = [sys.executable, "-c", MSIF, command[0], str(config(tmp_path)), *command[1:]]
     done = subprocess.run(
-        [*inside, mount + ' && shift && exec "$@"', "sh", root, *called], capture_output=True, text=True, check=False
+        [*INSIDE, mount + ' && shift && exec "$@"', "sh", root, *called], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"msif: {root}")
     wanted = ": cannot be written to (Read-only file system); make it writable, or name another folder\n"
     assert done.stderr.endswith(wanted)
     assert done.stderr.count("\n") == 1
+
+
+FILLED = """
+import shutil, subprocess, sys, time
+from pathlib import Path
+disk, left, command = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+while run.poll() is None and not (disk / "workspace" / "server" / "server.json").exists():
+    time.sleep(0.05)
+with open(disk / "filling", "wb") as handle:
+    handle.write(bytes(shutil.disk_usage(disk).free - left))
+print(run.communicate()[1], end="")
+assert run.returncode == 2, run.returncode
+(disk / "filling").unlink()
+subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+"""
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("left", [40_000, 300_000])
+def test_a_disk_that_fills_up_under_a_run_and_its_server(project: Path, tmp_path: Path, left: int) -> None:
+    """The server's database is on the same disk: it answers with errors that do not say so."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    settings = json.loads(project.read_text()) | {"workspace": str(disk / "workspace")}
+    project.write_text(json.dumps(settings))
+    mount = 'mount -t tmpfs -o size=80m tmpfs "$1"'
+    needs(mount, "sh", disk)
+    called = [sys.executable, "-c", FILLED, str(disk), str(left), sys.executable, "-c", MSIF, "run", str(project)]
+    done = subprocess.run(
+        [*INSIDE, mount + ' && shift && exec "$@"', "sh", disk, *called], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    [line] = [line for line in done.stdout.splitlines() if not line.startswith("file ")]
+    assert re.match(SENTENCE, line.removeprefix("msif: "))
