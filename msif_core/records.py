@@ -325,10 +325,8 @@ def _loaded(source: HubDataset) -> Iterable[Record]:
 def _row(source: HubDataset, number: int, row: Record) -> Record:
     """A row of a dataset as a record: what is encoded and its id are of the named columns alone."""
     paired = source.text == "text" and {"prompt", "completion"} <= row.keys()
-    missing = [
-        name for name in (*(() if paired else (source.text,)), source.id) if name is not None and name not in row
-    ]
-    if missing:
+    named = (None if paired else source.text, source.id)
+    if missing := [name for name in named if name is not None and name not in row]:
         raise InputError(f"dataset {source.dataset}: no column {missing[0]!r}; it has {sorted(row)}")
     rest = {key: value for key, value in row.items() if key not in (*ENCODED, "id", source.text, source.id)}
     read = [key for key in ("text", "prompt", "completion") if key in row]

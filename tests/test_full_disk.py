@@ -79,6 +79,14 @@ def test_a_full_disk_is_one_sentence_whoever_writes(name: str, tmp_path: Path) -
     assert {path.name for path in tmp_path.iterdir()} == {"file", "file.sha256"}
 
 
+def test_an_index_that_fails_only_when_its_file_is_closed(tmp_path: Path) -> None:
+    few = faiss.IndexFlat(20)
+    few.add(np.ones((40, 20), np.float32))
+    with files_up_to(3_000), pytest.raises(InputError, match=SENTENCE):
+        storage.build_once(tmp_path / "file", lambda path: index._write(few, path))
+    assert not (tmp_path / "file").exists()
+
+
 def write_lexical(folder: Path) -> None:
     texts = [(f"d{i}", f"word{i} of many") for i in range(2_000)]
     with storage.atomic_folder(folder) as temporary:
