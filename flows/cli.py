@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -324,7 +325,7 @@ def serve(
     from msif_core import storage
 
     settings = Config.load(config)
-    name = settings.workspace.name
+    name = deployment_name(settings.workspace)
     if cron is not None:
         check_cron(cron)
     storage.check_room(settings.workspace.resolve())
@@ -333,6 +334,11 @@ def serve(
         console.print(f"Prefect: {url.removesuffix('/api')}/deployments", soft_wrap=True)
         console.print(f"Events that re-index: msif.corpus.updated, msif.model.updated of msif.workspace.{name}")
         serve_flows(config, name, cron, limit)
+
+
+def deployment_name(workspace: Path) -> str:
+    """The workspace's name, without what Prefect refuses in a name, and the * that stands for any event."""
+    return re.sub("[/%&<>*]", "-", workspace.name)
 
 
 def check_file(out: Path) -> None:
