@@ -26,11 +26,14 @@ class Settings(BaseModel):
 class HubDataset(Settings):
     """A dataset of the Hugging Face `datasets` library: a hub id or a local folder."""
 
-    dataset: str = Field(description="Hub id, or a local folder that `datasets.load_dataset` reads.")
+    dataset: str = Field(
+        description="Hub id, or a local folder that `datasets.load_dataset` reads or `save_to_disk` wrote."
+    )
     name: str | None = Field(None, description="Configuration of the dataset, if it has several.")
     split: str = Field("train", description="Split to read.")
     text: str = Field(
-        "text", description="Column that holds the text; without a column `text`, `prompt` and `completion` are read."
+        "text",
+        description="Column that holds the text; `prompt` and `completion`, where both are there, go before `text`.",
     )
     id: str | None = Field(None, description="Column that holds the id; row numbers are used without one.")
 
@@ -325,6 +328,13 @@ class Config(Settings):
     runner: RunnerSettings = RunnerSettings()
 
     _home = field_validator("workspace", "queries", mode="before")(_at_home)
+
+    @field_validator("workspace")
+    @classmethod
+    def _duckdb_reads_it(cls, folder: Path) -> Path:
+        if "\\" in str(folder.absolute()):
+            raise ValueError("DuckDB takes a backslash in a path for a slash; name a folder without one")
+        return folder
 
     @field_validator("attribute_to", mode="before")
     @classmethod

@@ -75,7 +75,7 @@ def tokenize(
         return len(encode([record], tokenizer, max_length, task, settings.start)[0])
 
     storage.make_folder(folder)
-    with TemporaryDirectory(prefix=".tmp-raw-", dir=folder) as raw:
+    with storage.told(folder), TemporaryDirectory(prefix=".tmp-raw-", dir=folder) as raw:
         found = partition(documents, Path(raw), settings, skipped, previous, windows)
         shards = []
         for number, part in enumerate(found):

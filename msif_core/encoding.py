@@ -79,7 +79,7 @@ def _written(record: records.Record, tokenizer: Any, last_turn: bool) -> Written
     _need_tokenizer(record, tokenizer)
     if "messages" in record:
         return Written(*chats.written(record, tokenizer, last_turn), chat=True)
-    if "prompt" in record:
+    if records.is_pair(record):
         text = record["prompt"] + record["completion"]
         return Written(text, [(len(record["prompt"]), len(text))])
     return Written(record["text"], None)

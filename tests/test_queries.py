@@ -98,7 +98,7 @@ def test_a_classification_contrasts_two_labels(tokenizer: Any) -> None:
             "gold_doc_ids must be a list of documents' ids, each as text",
         ),
         (
-            {"id": "q", "text": "a b", "gold_doc_ids": [1]},
+            {"id": "q", "text": "a b", "gold_doc_ids": [1.5]},
             "gold_doc_ids must be a list of documents' ids, each as text",
         ),
         ({"id": "q", "prompt": "a \ud800"}, "record 1: a lone surrogate is no text; re-encode it"),

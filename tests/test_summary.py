@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from prefect.logging.handlers import PrefectConsoleHandler
-from rich.console import Console
 
+from flows.plain_console import PlainConsole
 from flows.terminal import Lines, quiet_log, steps_shown
 from msif_core.attribution import Attribution
 from msif_core.errors import InputError
@@ -71,10 +71,10 @@ def test_cells_cannot_break_a_table() -> None:
 
 def test_plain_lines_where_there_is_no_terminal() -> None:
     output = io.StringIO()
-    with steps_shown(Console(file=output, width=100)), progress.whole("tokenize pretrain"):
+    with steps_shown(PlainConsole(file=output, width=100)), progress.whole("tokenize pretrain"):
         pass
     assert output.getvalue() == "tokenize pretrain: done in 0 s\n"
-    lines = Lines(Console(file=output, width=100), every=0.0)
+    lines = Lines(PlainConsole(file=output, width=100), every=0.0)
     for done in range(3):
         lines("sketch", done, 2)
     assert "sketch: 1 of 2 after 0 s, about 0 s left" in output.getvalue()
@@ -83,7 +83,7 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
 
 def test_bars_on_a_terminal() -> None:
     output = io.StringIO()
-    with steps_shown(Console(file=output, width=100, force_terminal=True)):
+    with steps_shown(PlainConsole(file=output, width=100, force_terminal=True)):
         for done in range(4):
             progress._listener("exact scores", done, 3)
     assert "exact scores" in output.getvalue()
