@@ -84,6 +84,8 @@ def test_documents_are_what_its_tokenizer_and_template_say(pipeline: Pipeline, t
     assert ids == tokenizer("The answer is: yes, 日本.<|im_end|>")["input_ids"]
     assert labels == [IGNORED] * 4 + ids[4:]
     assert pipeline.corpus_manifest("s")["unknown"] is None, "it has all bytes"
+    (manifest,) = pipeline.workspace.generations.glob("*/manifest.json")
+    assert json.loads(manifest.read_text())["tokens"] == {"s": {"max_length": 2048, "unknown": None}}
 
 
 def test_queries_and_answers_go_by_its_template(pipeline: Pipeline, tokenizer: Any, config: Path) -> None:

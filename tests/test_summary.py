@@ -31,6 +31,10 @@ def test_generation(tmp_path: Path) -> None:
     manifest: dict[str, Any] = {
         "generation": "g2", "parent": "g1", "n_sequences": 12345, "index_bytes": 2e6, "seconds": 3.25, "recall": RECALL,
         "factors": {"pretrain": "f1"},
+        "tokens": {
+            "pretrain": {"max_length": 2048, "unknown": {"share": 0.0123, "document": "d|1", "example": "☃"}},
+            "finetune": {"max_length": 128, "unknown": None},
+        },
         "changes": {"documents": {"added": 3, "removed": 1}, "sequences": {"sketched": 7, "removed": 1}},
         "drift": {"sequences": 256, **DRIFT, "maps": {"layers.0.dense": {**DRIFT, "difference": 0.5}}},
     }  # fmt: skip
@@ -39,6 +43,9 @@ def test_generation(tmp_path: Path) -> None:
     assert "| published | **no** |" in text
     assert "| sequences | 12,345 |" in text
     assert "| documents | 3 | 1 | – |" in text
+    example = "1.23% unknown to the tokenizer, for example '☃' of 'd\\|1'"
+    assert f"| tokens of pretrain | windows of 2,048 at most; {example} |" in text
+    assert "| tokens of finetune | windows of 128 at most |" in text
     assert "| 2.0% | 0.900 |" in text
     assert "| all maps, 256 sequences | 1.10 | 0.20 | 0.10 |" in text
     assert "| layers.0.dense | 1.10 | 0.50 | 0.10 |" in text
