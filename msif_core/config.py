@@ -26,11 +26,14 @@ class Settings(BaseModel):
 class HubDataset(Settings):
     """A dataset of the Hugging Face `datasets` library: a hub id or a local folder."""
 
-    dataset: str = Field(description="Hub id, or a local folder that `datasets.load_dataset` reads.")
+    dataset: str = Field(
+        description="Hub id, or a local folder that `datasets.load_dataset` reads or `save_to_disk` wrote."
+    )
     name: str | None = Field(None, description="Configuration of the dataset, if it has several.")
     split: str = Field("train", description="Split to read.")
     text: str = Field(
-        "text", description="Column that holds the text; without a column `text`, `prompt` and `completion` are read."
+        "text",
+        description="Column that holds the text; `prompt` and `completion`, where both are there, go before `text`.",
     )
     id: str | None = Field(None, description="Column that holds the id; row numbers are used without one.")
 
@@ -112,14 +115,17 @@ class CorpusSettings(Settings):
     """Documents to token sequences."""
 
     max_length: int | None = Field(
-        None, ge=2, description="Window length of documents; the model's context by default, which queries may fill."
-    )
+        None, ge=2, description="Window length of documents. By default the model's context, 2,048 tokens at most: "
+        "memory grows with the window, and few documents are longer. Queries may fill the whole context."
+    )  # fmt: skip
+    start: Literal["auto", "always", "never"] = Field(
+        "auto", description="Start token (BOS) of documents and queries. auto: as the model's tokenizer begins a text, "
+        "and its template a chat. always: bos_token. never: none. Once, and in a document's first window alone."
+    )  # fmt: skip
     shard_sequences: int = Field(
-        2048,
-        ge=1,
-        description="Target number of sequences in a shard. There are 1, 2, 4, 8... shards, so that one holds 0.7 to "
-        "1.4 times as many at first, and half to twice as many while the corpus grows or shrinks.",
-    )
+        2048, ge=1, description="Target number of sequences in a shard. There are 1, 2, 4, 8... shards, so that one "
+        "holds 0.7 to 1.4 times as many at first, and half to twice as many while the corpus grows or shrinks.",
+    )  # fmt: skip
     skip_bad_records: bool = Field(
         False,
         description="Count and skip malformed records instead of stopping; a file without a good one stops still.",
@@ -327,6 +333,13 @@ class Config(Settings):
     runner: RunnerSettings = RunnerSettings()
 
     _home = field_validator("workspace", "queries", mode="before")(_at_home)
+
+    @field_validator("workspace")
+    @classmethod
+    def _duckdb_reads_it(cls, folder: Path) -> Path:
+        if "\\" in str(folder.absolute()):
+            raise ValueError("DuckDB takes a backslash in a path for a slash; name a folder without one")
+        return folder
 
     @field_validator("attribute_to", mode="before")
     @classmethod

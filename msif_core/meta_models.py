@@ -42,8 +42,14 @@ def meta_model(config: Config, stage: Stage) -> nn.Module:
     return _meta_model(stage.model, *options)
 
 
+LONGEST_WINDOW = 2048
+"""Tokens of a document's window where none is configured, whatever the model's context: see `corpus.max_length`."""
+
+
 def window(config: Config, stage: str, model: nn.Module) -> int | None:
-    """Window length in tokens as configured, or else the positions of the stage's model, None where it names none.
+    """Window length in tokens: as configured, or else the positions of the stage's model up to `LONGEST_WINDOW`.
+
+    None where neither is named.
 
     Raises:
         InputError: the model has fewer positions than are configured.
@@ -54,7 +60,7 @@ def window(config: Config, stage: str, model: nn.Module) -> int | None:
             f"corpus.max_length is {configured}, but the model of stage {stage!r} has {positions} positions; "
             f"set it to {positions} or less"
         )
-    return configured or positions
+    return configured or (min(positions, LONGEST_WINDOW) if positions else None)
 
 
 @while_files_stay(4)
