@@ -20,9 +20,9 @@ from transformers import GPTNeoXForSequenceClassification
 
 from msif_core import corpus, storage
 from msif_core.batching import Batch, Sequences, batches
-from msif_core.capture import forward
 from msif_core.config import Training
 from msif_core.evaluation.lds import FloatArray
+from msif_core.forward import forward
 from msif_core.losses import target_losses
 from msif_core.models import freeze
 from msif_core.training import Architecture, new_model, optimize, sequence_losses, train_tokenizer

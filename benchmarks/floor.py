@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from benchmarks import inputs, machine, tables
-from msif_core import models, scoring
+from msif_core import models, scoring, tracking
 from msif_core.batching import Sequences, batches
-from msif_core.capture import forward
 from msif_core.curvature import fit
 from msif_core.curvature.filters import Damped
 from msif_core.directions import Directions
+from msif_core.forward import forward
 from msif_core.losses import target_loss
 from msif_core.sketch import Sketcher
 from msif_core.work import Work
@@ -47,7 +47,7 @@ class Passes:
     def __init__(self, size: inputs.Size, device: str, dtype: torch.dtype, batch_tokens: int, curvature: Any) -> None:
         self.size = size
         model = models.freeze(size.model(device, dtype), tf32=tf32())
-        maps = models.tracked_maps(model, curvature)
+        maps = tracking.tracked_maps(model, curvature)
         self.sequences = size.data()
         factors: Any = inputs.random_factors(maps, device)
         kept = {m.name: Directions.even(m, SHARE) for m in maps}

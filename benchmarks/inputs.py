@@ -14,7 +14,7 @@ import transformers
 from msif_core import models
 from msif_core.batching import Sequences, sequence_fingerprint
 from msif_core.curvature.factors import MapFactors
-from msif_core.models import TrackedMap
+from msif_core.tracking import TrackedMap
 
 VOCABULARY = 2048
 

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from benchmarks import inputs, machine, tables
-from msif_core import models, scoring
+from msif_core import models, scoring, tracking
 from msif_core.chain import Chain, FilteredStage
 from msif_core.config import Config, Stage
 from msif_core.curvature import fit
@@ -28,9 +28,9 @@ from msif_core.curvature.filters import Damped
 from msif_core.directions import Directions
 from msif_core.footprint import PROCESS
 from msif_core.meta_models import meta_model
-from msif_core.models import TrackedMap
 from msif_core.plan import make_plan
 from msif_core.sketch import Sketcher
+from msif_core.tracking import TrackedMap
 from msif_core.work import EIGH_FLOPS
 
 
@@ -61,7 +61,7 @@ class Passes:
     def __init__(self, config: Config, device: str, count: int) -> None:
         self.config, self.device = config, device
         self.model = random_model(config, config.stages[0], device)
-        self.maps = models.tracked_maps(self.model, config.curvature)
+        self.maps = tracking.tracked_maps(self.model, config.curvature)
         self.sequences = inputs.as_sequences(inputs.random_tokens(count, int(config.corpus.max_length or 1024), 0))
         self.groups = list(fit.partitions(self.maps, config.curvature.memory_budget_gb))
         self.common: dict[str, Any] = {"task": "causal_lm", "batch_tokens": config.compute.batch_tokens}

@@ -28,7 +28,7 @@ from msif_core.curvature.factors import MapFactors
 from msif_core.curvature.filters import Damped, Identity, SpectralFilter
 from msif_core.curvature.fit import covariance_sums
 from msif_core.evaluation.lds import FloatArray, mean_and_error, noise_ceiling, paired_difference, spearman
-from msif_core.models import TrackedMap, tracked_maps
+from msif_core.tracking import TrackedMap, tracked_maps
 
 HEAD = "score"
 HEAD_DAMPINGS = (0.001, 0.01, 1.0)

@@ -29,11 +29,12 @@ from msif_core.config import Config
 from msif_core.evaluation.recall import recall_at_k
 from msif_core.lexical import LexicalIndex
 from msif_core.losses import target_loss
-from msif_core.models import TrackedMap
 from msif_core.pipeline import Pipeline
 from msif_core.queries import Queries
+from msif_core.rows import Rows
 from msif_core.scoring import query_gradients
 from msif_core.sketch import Sketcher
+from msif_core.tracking import TrackedMap
 
 SHARES = (0.005, 0.01, 0.02, 0.05)
 KS = (10, 100)
@@ -69,8 +70,8 @@ def gather(pipeline: Pipeline, sequences: Sequences) -> Iterator[tuple[np.ndarra
     for batch in batches(sequences, pipeline.batch_tokens):
         found: dict[str, torch.Tensor] = {}
 
-        def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, found: dict[str, torch.Tensor] = found) -> None:
-            found[m.name] = held[m.name].rotate(torch.einsum("ntgb,nti->ngbi", d, a)).flatten(1)
+        def consume(m: TrackedMap, captured: Rows, found: dict[str, torch.Tensor] = found) -> None:
+            found[m.name] = held[m.name].rotate(torch.einsum("ntgb,nti->ngbi", captured.d, captured.a)).flatten(1)
 
         capture(model, maps, batch, loss, consume)
         yield batch.rows, torch.cat([found[m.name] for m in maps], 1)

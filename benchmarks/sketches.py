@@ -14,9 +14,9 @@ from typing import Protocol
 
 import torch
 
-from msif_core.models import TrackedMap
 from msif_core.randomness import random_signs
 from msif_core.sketch import Sketcher, hadamard
+from msif_core.tracking import TrackedMap
 
 STEPS = {1: 8.0, 2: 0.996, 4: 0.335}
 """Step of the uniform quantiser with the least error for a normal distribution; one bit keeps the sign alone."""

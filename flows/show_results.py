@@ -11,7 +11,9 @@ from flows.plain_console import PlainConsole
 from msif_core import storage
 from msif_core.attribution import Attribution
 from msif_core.config import Config
+from msif_core.coverage import LOW, coverage_of
 from msif_core.generations import withheld
+from msif_core.pipeline import Pipeline
 from msif_core.report.page import on_one_line
 from msif_core.workspace import Workspace
 
@@ -32,6 +34,17 @@ def print_attribution(folder: Path, console: PlainConsole, top: int) -> None:
         console.print(table)
     console.print(f"Stored: {folder}")
     console.print(f"Page:   {folder / 'page.html'}")
+
+
+def print_coverage(config: Config, console: PlainConsole) -> None:
+    """What is tracked of each stage's model, and what a user should know of it."""
+    pipeline = Pipeline(config)
+    for stage in (stage.name for stage in config.stages):
+        coverage = coverage_of(pipeline.structure(stage), pipeline.maps(stage))
+        if coverage.share >= LOW:
+            console.print(f"Stage {stage}: {coverage.told()}.")
+        for remark in pipeline.remarks(stage):
+            console.print(f"Warning: {remark}.", style="yellow")
 
 
 def print_change(config: Config, before: dict[str, Any] | None, built: Path, console: PlainConsole) -> None:

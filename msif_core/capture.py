@@ -5,93 +5,190 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from threading import RLock
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from msif_core import products
-from msif_core.batching import IGNORED, Batch
+from msif_core import experts
+from msif_core.batching import IGNORED, Batch, Sequences, batches
 from msif_core.errors import InputError
+from msif_core.forward import PASS, forward, is_classifier
 from msif_core.losses import Loss
-from msif_core.models import TrackedMap
+from msif_core.rows import Rows, arrange, map_inputs, pack, positions
+from msif_core.tracking import Expert, TrackedMap
 
-Consume = Callable[[TrackedMap, torch.Tensor, torch.Tensor], None]
+Consume = Callable[[TrackedMap, Rows], None]
 
-PASS = RLock()
-"""Held during a pass: threads of one process share a stage's model, and hooks would see each other's passes."""
+
+def batches_of(model: nn.Module, maps: list[TrackedMap], sequences: Sequences, batch_tokens: int) -> Iterator[Batch]:
+    """The batches of a pass; one sequence at a time where a map mixes the rows of several in an unknown order."""
+    mixed = any(m.layout is None and m.expert is None for m in maps)
+    return batches(sequences, 0 if mixed else batch_tokens, next(model.parameters()).device)
 
 
 def capture(model: Any, maps: list[TrackedMap], batch: Batch, loss: Loss, consume: Consume) -> None:
     """Run `batch` and hand each map's inputs and output gradients to `consume`, during the backward.
 
-    `consume(map, a, d)` gets a [N, T, d_in] (with a final 1 for a bias; on an accelerator then zeros up to
-    `products.width(d_in)`) and d [N, T, G, b], the gradient of the summed loss with respect to the map's
+    `consume(map, rows)` gets a [N, R, d_in] (with a final 1 for a bias; on an accelerator then zeros up to
+    `products.width(d_in)`) and d [N, R, G, b], the gradient of the summed loss with respect to the map's
     output. Rows of `a` are zero at padding, and in a causal model at the positions from the last target on; d is zero
     there by itself, and wherever else no target depends on the map's output.
-    Maps of one input group get the same tensor `a`. Both are freed when they have been consumed. A map that reads
-    one vector a sequence (a pooler, a head) has T = 1. Products within, the consumer's too, are as `model.tf32` says.
-    The graph starts at the first of `maps`: what comes before is run without one, and not gone back through.
+    Maps of one input group get the same tensor `a`. Both are freed when they have been consumed. A map of which no
+    target depends, such as an expert that no token was routed to, is not consumed. Products within, the consumer's too,
+    are as `model.tf32` says. The graph starts at the first of `maps`: what comes before is run without one, and not
+    gone back through.
 
     Raises:
-        InputError: a map is called twice in one forward, so that its gradient is not one outer product, or on
-            something else than [N, T, features] (the experts of a mixture), or does not reach the loss, or reads
-            another tensor than the maps of its input group.
+        InputError: a map reads a tensor whose rows cannot be told apart by sequence, or another tensor than the maps of
+            its input group.
     """
-    counted = counted_positions(model, batch)
-    inputs: dict[str, torch.Tensor] = {}
-    shared: dict[str, torch.Tensor] = {}
-    waiting = Counter(m.input_group for m in maps)
-    called: set[str] = set()
-    read: dict[str, Any] = {}
-
-    def forward_hook(tracked: TrackedMap) -> Callable[..., torch.Tensor]:
-        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-            if tracked.name in called:
-                raise InputError(f"{tracked.name}: called twice in one forward pass; leave it out of curvature.include")
-            called.add(tracked.name)
-            a = args[0].detach()
-            a = a[:, None] if a.ndim == 2 else a
-            if a.ndim != 3 or a.shape[0] != len(batch.rows) or a.shape[1] not in (1, batch.input_ids.shape[1]):
-                raise InputError(
-                    f"{tracked.name}: reads a tensor of shape {list(args[0].shape)}, not [sequences, tokens, features] "
-                    f"of {list(batch.input_ids.shape)}; leave it out of curvature.include"
-                )
-            memory = (a.data_ptr(), a.shape, a.stride())  # not the tensor, which is freed when it is consumed
-            if memory != read.setdefault(tracked.input_group, memory):
-                raise InputError(
-                    f"{tracked.name}: reads another input than the maps that it shares one with elsewhere; leave it "
-                    "out of curvature.include"
-                )
-            inputs[tracked.name] = a
-            if not output.requires_grad:  # all parameters are frozen; a copy, as a leaf may not be written to
-                output = output.requires_grad_().clone()
-            output.register_hook(lambda gradient: backward_hook(tracked, gradient))
-            return output
-
-        return hook
-
-    def backward_hook(tracked: TrackedMap, gradient: torch.Tensor) -> None:
-        a, group = inputs.pop(tracked.name), tracked.input_group
-        if group not in shared:
-            shared[group] = map_inputs(a, counted, tracked.bias)
-        a = shared[group]
-        waiting[group] -= 1
-        if not waiting[group]:
-            del shared[group]
-        gradient = gradient[:, None] if gradient.ndim == 2 else gradient
-        consume(tracked, a, tracked.blocks(gradient))
-
+    state = _Pass(maps, batch, counted_positions(model, batch), consume)
     with PASS, precision(getattr(model, "tf32", False)), ExitStack() as hooks, torch.enable_grad():
         for tracked in maps:
-            hooks.callback(model.get_submodule(tracked.name).register_forward_hook(forward_hook(tracked)).remove)
+            for name in () if tracked.expert else (tracked.name, *tracked.also):
+                module = model.get_submodule(name)
+                hooks.callback(module.register_forward_hook(state.hook(tracked)).remove)
+        for name in {m.expert.module for m in maps if m.expert}:
+            module = model.get_submodule(name)
+            experts.watch(module, state.watch(name))
+            hooks.callback(experts.watch, module, None)
         total = loss(forward(model, batch), batch)
         if total.requires_grad:
             total.backward()
-        if inputs or len(called) < len(maps):
-            lost = inputs or {m.name for m in maps} - called
-            raise InputError(f"{next(iter(lost))}: does not reach the loss; leave it out of curvature.include")
+        state.finish()
+
+
+@dataclass
+class _Call:
+    """One call of a map: its inputs, arranged by sequence, until its gradient comes."""
+
+    a: torch.Tensor
+    mask: torch.Tensor | None
+    tokens: torch.Tensor
+    d: torch.Tensor | None = None
+
+
+@dataclass
+class _Pass:
+    """What a pass over one batch has seen of each map, and not handed out yet."""
+
+    maps: list[TrackedMap]
+    batch: Batch
+    counted: torch.Tensor | None
+    consume: Consume
+    calls: dict[str, list[_Call]] = field(default_factory=dict)
+    shared: dict[str, torch.Tensor] = field(default_factory=dict)
+    read: dict[tuple[str, int], Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.waiting = Counter(m.input_group for m in self.maps)
+        self.experts = {m.expert: m for m in self.maps if m.expert}
+
+    def hook(self, tracked: TrackedMap) -> Callable[..., torch.Tensor]:
+        """A forward hook on the module of a map."""
+
+        def called(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            n, t = self.batch.input_ids.shape
+            x = args[0].detach()
+            a = arrange(x, tracked.layout, n, t)
+            if a is None:
+                raise InputError(
+                    f"{tracked.name}: reads a tensor of shape {list(x.shape)}, whose rows cannot be told apart by "
+                    f"sequence in a batch of {[n, t]}; set compute.batch_tokens: 1 to take one sequence at a time, or "
+                    "leave it out of curvature.include"
+                )
+            tokens = positions(tracked.layout, a, n, t)
+            none = torch.zeros(a.shape[:2], dtype=torch.int64, device=a.device)
+            call = _Call(a, self._mask(tokens), none if tokens is None else tokens)
+            return self._add(tracked, call, x, output, lambda d: arrange(d, tracked.layout, n, t))
+
+        return called
+
+    def watch(self, module: str) -> experts.Watch:
+        """What sees the rows of a module's experts."""
+
+        def seen(
+            parameter: str, number: int, x: torch.Tensor, tokens: torch.Tensor, output: torch.Tensor
+        ) -> torch.Tensor:
+            tracked = self.experts.get(Expert(module, parameter, number))
+            if tracked is None:
+                return output
+            n, t = self.batch.input_ids.shape
+            sequences, places, found = pack(tokens, n, t)
+
+            def packed(rows: torch.Tensor) -> torch.Tensor:
+                out = rows.new_zeros(*found.shape, rows.shape[-1])
+                out[sequences, places] = rows
+                return out
+
+            filled = packed(tokens.new_ones(len(tokens), 1)).bool()
+            mask = self._mask(found)
+            call = _Call(packed(x.detach()), filled if mask is None else filled & mask, found)
+            return self._add(tracked, call, x, output, packed)
+
+        return seen
+
+    def _mask(self, tokens: torch.Tensor | None) -> torch.Tensor | None:
+        """Which rows of these tokens count, [N, R, 1]; None where all do, or it is not known."""
+        if tokens is None or self.counted is None:
+            return None
+        return self.counted.gather(1, tokens)[..., None]
+
+    def _add(
+        self,
+        tracked: TrackedMap,
+        call: _Call,
+        x: torch.Tensor,
+        output: torch.Tensor,
+        arranged: Callable[[torch.Tensor], torch.Tensor | None],
+    ) -> torch.Tensor:
+        """Keep the call until the gradient of its output comes; returns the output that goes on."""
+        if not torch.is_grad_enabled():  # the model's own code leaves this call out of its gradient
+            return output
+        calls = self.calls.setdefault(tracked.name, [])
+        memory = (x.data_ptr(), x.shape, x.stride())  # not the tensor, which is freed when it is consumed
+        if memory != self.read.setdefault((tracked.input_group, len(calls)), memory):
+            raise InputError(
+                f"{tracked.name}: reads another input than the maps that it shares one with elsewhere; leave it "
+                "out of curvature.include"
+            )
+        calls.append(call)
+        if not output.requires_grad:  # all parameters are frozen; a copy, as a leaf may not be written to
+            output = output.requires_grad_().clone()
+
+        def went_back(gradient: torch.Tensor) -> None:
+            call.d = arranged(gradient)
+            if all(c.d is not None for c in self.calls[tracked.name]):
+                self._hand_out(tracked)
+
+        output.register_hook(went_back)
+        return output
+
+    def _hand_out(self, tracked: TrackedMap) -> None:
+        calls, group = self.calls.pop(tracked.name), tracked.input_group
+        if len(calls) == 1:
+            if group not in self.shared:
+                self.shared[group] = map_inputs(calls[0].a, calls[0].mask, tracked.bias)
+            a, d, tokens = self.shared[group], calls[0].d, calls[0].tokens
+        else:
+            a = torch.cat([map_inputs(call.a, call.mask, tracked.bias) for call in calls], dim=1)
+            d = torch.cat([call.d for call in calls if call.d is not None], dim=1)
+            tokens = torch.cat([call.tokens for call in calls], dim=1)
+        self.waiting[group] -= 1
+        if not self.waiting[group]:
+            self.shared.pop(group, None)
+        assert d is not None, "a map is handed out when its gradient is there"
+        self.consume(tracked, Rows(a, tracked.blocks(d), tokens))
+
+    def finish(self) -> None:
+        """Hand out the maps of which only some calls reach the loss."""
+        for tracked in self.maps:
+            calls = [call for call in self.calls.get(tracked.name, []) if call.d is not None]
+            if calls:
+                self.calls[tracked.name] = calls
+                self._hand_out(tracked)
 
 
 @contextmanager
@@ -105,29 +202,8 @@ def precision(tf32: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def forward(model: Any, batch: Batch) -> Any:
-    """The model's outputs on a batch, without a cache of keys and values.
-
-    A decoder with a classification head finds a sequence's last token by its own padding id: use that.
-
-    Raises:
-        InputError: such a decoder has no padding id, and the batch has more than one sequence.
-    """
-    config = model.config
-    input_ids = batch.input_ids
-    if is_classifier(model) and config.pad_token_id is not None:
-        input_ids = input_ids.masked_fill(batch.attention_mask == 0, config.pad_token_id)
-    elif is_classifier(model) and len(batch.rows) > 1:
-        raise InputError(
-            f"{config.name_or_path}: a classifier without a padding token; set pad_token_id in config.json"
-        )
-    options = {"use_cache": False} if getattr(config, "use_cache", None) is not None else {}
-    with PASS:
-        return model(input_ids=input_ids, attention_mask=batch.attention_mask, **options)
-
-
 def counted_positions(model: nn.Module, batch: Batch) -> torch.Tensor | None:
-    """[N, T, 1] mask of the positions that a target depends on; None where all count.
+    """[N, T] mask of the positions that a target depends on; None where all count.
 
     Classifiers see every unpadded position, causal language models those before their last target.
     """
@@ -137,28 +213,4 @@ def counted_positions(model: nn.Module, batch: Batch) -> torch.Tensor | None:
         position = torch.arange(batch.labels.shape[1], device=batch.labels.device)
         last = ((batch.labels != IGNORED) * position).amax(dim=1, keepdim=True)
         mask = batch.attention_mask.bool() & (position < last)
-    return None if bool(mask.all()) else mask[..., None]
-
-
-def map_inputs(a: torch.Tensor, counted: torch.Tensor | None, bias: bool) -> torch.Tensor:
-    """Inputs [N, T, d], with a coordinate of one for a bias, that are zero where `counted` [N, T, 1] is not set.
-
-    Of `products.width` columns.
-    """
-    d = a.shape[-1]
-    mask = None if counted is None or a.shape[1] != counted.shape[1] else counted.to(a.dtype)
-    width = products.width(d + bias, a.device)
-    if width == d:
-        return a if mask is None else a * mask
-    mask = a.new_ones(1) if mask is None else mask
-    out = a.new_empty(*a.shape[:-1], width)
-    torch.mul(a, mask, out=out[..., :d])
-    out[..., d:] = 0
-    if bias:
-        out[..., d : d + 1] = mask
-    return out
-
-
-def is_classifier(model: nn.Module) -> bool:
-    """Whether the model has a sequence classification head."""
-    return type(model).__name__.endswith("ForSequenceClassification")
+    return None if bool(mask.all()) else mask

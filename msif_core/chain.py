@@ -20,6 +20,11 @@ class MapCurvature(Protocol):
         """Eigenvalues [G, b, d_in]."""
         ...
 
+    @property
+    def mean(self) -> torch.Tensor:
+        """The mean eigenvalue [G, 1, 1] that relative filters refer to."""
+        ...
+
     def rotate(self, V: torch.Tensor) -> torch.Tensor:
         """V in the eigenbasis."""
         ...
@@ -118,7 +123,7 @@ class Chain:
             if curvature.eigenvalues.shape != shape[-3:]:
                 return None
             function = stage.filter.passing if links else stage.filter.attributed
-            links.append((function(curvature.eigenvalues), curvature))
+            links.append((function(curvature.eigenvalues, curvature.mean), curvature))
         return links
 
     def levels(self, name: str) -> list[list[float]]:
@@ -126,8 +131,10 @@ class Chain:
         found = []
         for stage in self.stages[self.attributed :]:
             used = isinstance(stage.filter, Damped | Unrolled) and name in stage.curvature
-            level = stage.filter.level(stage.curvature[name].eigenvalues) if used else torch.zeros(0)  # type: ignore[attr-defined]
-            found.append(level.flatten().tolist())
+            if used:
+                curvature = stage.curvature[name]
+                level = stage.filter.level(curvature.eigenvalues, curvature.mean)  # type: ignore[attr-defined]
+            found.append(level.flatten().tolist() if used else [])
         return found
 
 

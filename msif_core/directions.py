@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from msif_core.chain import Chain
 from msif_core.curvature.factors import MapFactors, write_tensors
-from msif_core.models import TrackedMap
+from msif_core.tracking import TrackedMap
 
 TURNS = 10
 """In which the split's rows and columns are found: on the demo both sides' energies then agree to a hundredth."""

@@ -20,7 +20,7 @@ from torch import nn
 from msif_core.batching import Sequences
 from msif_core.curvature.factors import Factors
 from msif_core.curvature.fit import NonFiniteError, eigenvalue_sums, finite_sequences, partitions, statistics
-from msif_core.models import TrackedMap
+from msif_core.tracking import TrackedMap
 
 SAMPLE_SEED = 0xD21F
 """Of the sample and of its labels: neither is that of the fit."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from msif_core.capture import PASS
+from msif_core.forward import PASS
 
 
 @torch.no_grad()

@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from msif_core import products
-from msif_core.batching import Sequences, batches
-from msif_core.capture import capture
+from msif_core.batching import Sequences
+from msif_core.capture import batches_of, capture
 from msif_core.curvature.fit import sum_dtype
 from msif_core.curvature.gradients import CHUNK_ENTRIES
 from msif_core.losses import target_loss
-from msif_core.models import TrackedMap
+from msif_core.rows import Rows
+from msif_core.tracking import TrackedMap
 
 OVERSAMPLING, ITERATIONS = 8, 2
 """Extra directions and power iterations of the range finder (Halko et al. 2011, arXiv 0909.4061, algorithm 4.4)."""
@@ -82,11 +83,11 @@ def score_low_rank(
     maps = [m for m in maps if m.name in queries]
     count = len(next(iter(queries.values())).U)
     scores = np.zeros((count, len(sequences)), dtype=np.float64)
-    for batch in batches(sequences, batch_tokens, device):
+    for batch in batches_of(model, maps, sequences, batch_tokens):
         total = torch.zeros(count, len(batch.rows), dtype=torch.float64, device=device)
 
-        def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, total: torch.Tensor = total) -> None:
-            a, d, held = a.to(dtype), d.to(dtype), queries[m.name]
+        def consume(m: TrackedMap, rows: Rows, total: torch.Tensor = total) -> None:
+            a, d, held = rows.a.to(dtype), rows.d.to(dtype), queries[m.name]
             step = max(1, CHUNK_ENTRIES // (a.shape[0] * a.shape[1] * m.groups * held.W.shape[2]))
             for part in (slice(start, start + step) for start in range(0, count, step)):
                 U, W = held.U[part].to(a.device, dtype), products.padded(held.W[part].to(a.device, dtype), a.shape[-1])

@@ -11,12 +11,14 @@ from torch import nn
 
 from msif_core import products
 from msif_core.batching import Batch, Sequences, batches
-from msif_core.capture import capture, forward
+from msif_core.capture import batches_of, capture
 from msif_core.curvature.factors import Factors
 from msif_core.curvature.fit import sum_dtype
 from msif_core.curvature.gradients import CHUNK_ENTRIES, PerSequenceGradients, RotatedGradients
+from msif_core.forward import forward
 from msif_core.losses import target_loss, target_losses
-from msif_core.models import TrackedMap
+from msif_core.rows import Rows
+from msif_core.tracking import TrackedMap
 
 FloatArray = npt.NDArray[np.float32]
 Gradients = dict[str, torch.Tensor]
@@ -71,14 +73,14 @@ def query_gradients(
     )
     found = {m.name: torch.zeros(len(terms), *m.shape, dtype=dtype, device=device) for m in maps}
     formed = PerSequenceGradients(dtype) if factors is None else RotatedGradients(factors, dtype)
-    for batch in batches(sequences, batch_tokens, device):
+    for batch in batches_of(model, maps, sequences, batch_tokens):
         place = torch.full((len(sequences),), -1, device=device)
         place[torch.from_numpy(batch.rows).to(device)] = torch.arange(len(batch.rows), device=device)
         at = place[members]
 
-        def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, at: torch.Tensor = at) -> None:
+        def consume(m: TrackedMap, captured: Rows, at: torch.Tensor = at) -> None:
             total = found[m.name].flatten(1, 2)
-            for part, rows, gradients in formed.blocks(m, a, d):
+            for part, rows, gradients in formed.blocks(m, captured.a, captured.d):
                 used = (at >= part.start) & (at < part.stop)
                 own = gradients[at[used] - part.start, :, : m.d_in] * weights[used, None, None].to(dtype)
                 total[:, rows].index_add_(0, owners[used], own)
@@ -109,15 +111,15 @@ def score_sequences(
     }
     scores = np.zeros((queries, len(sequences)), dtype=np.float64)
     formed = PerSequenceGradients(dtype, together=True)
-    for batch in batches(sequences, batch_tokens, device):
+    for batch in batches_of(model, maps, sequences, batch_tokens):
         total = torch.zeros(queries, len(batch.rows), dtype=torch.float64, device=device)
 
-        def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, total: torch.Tensor = total) -> None:
+        def consume(m: TrackedMap, captured: Rows, total: torch.Tensor = total) -> None:
             V = held[m.name].flatten(1, 2)
             if queries == 1:
-                total[0] += token_products(V[0], a.to(dtype), d).sum(dim=1)
+                total[0] += row_products(V[0], captured.a.to(dtype), captured.d).sum(dim=1)
             else:
-                for part, rows, gradients in formed.blocks(m, a, d):
+                for part, rows, gradients in formed.blocks(m, captured.a, captured.d):
                     total[:, part] += V[:, rows].flatten(1) @ gradients.flatten(1).mT
 
         capture(model, maps, batch, target_loss(task), consume)
@@ -125,8 +127,8 @@ def score_sequences(
     return scores
 
 
-def token_products(V: torch.Tensor, a: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-    """d_t^T V a_t of each token: [N, T], for one query's V [G b, d_in]."""
+def row_products(V: torch.Tensor, a: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """d^T V a of each row: [N, R], for one query's V [G b, d_in]."""
     return (a @ V.mT).mul_(d.flatten(2)).sum(dim=-1)
 
 
@@ -148,15 +150,15 @@ def contributions(
     maps = [m for m in maps if m.name in filtered]
     by_map: list[dict[str, float]] = [{} for _ in range(len(sequences))]
     by_token: list[FloatArray] = [np.zeros(len(ids), np.float32) for ids in sequences.input_ids]
-    for batch in batches(sequences, batch_tokens, device):
+    for batch in batches_of(model, maps, sequences, batch_tokens):
 
-        def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, batch: Batch = batch) -> None:
-            V = products.padded(filtered[m.name][0].to(device, dtype).flatten(0, 1), a.shape[-1])
-            found = token_products(V, a.to(dtype), d).cpu().numpy()
+        def consume(m: TrackedMap, captured: Rows, batch: Batch = batch) -> None:
+            V = products.padded(filtered[m.name][0].to(device, dtype).flatten(0, 1), captured.a.shape[-1])
+            products_of_rows = row_products(V, captured.a.to(dtype), captured.d)
+            found = captured.by_token(products_of_rows, batch.input_ids.shape[1]).cpu().numpy()
             for i, row in enumerate(batch.rows):
                 by_map[row][m.name] = float(found[i].sum())
-                width = min(found.shape[1], len(by_token[row]))
-                by_token[row][:width] += found[i, :width].astype(np.float32)
+                by_token[row] += found[i, : len(by_token[row])].astype(np.float32)
 
         capture(model, maps, batch, target_loss(task), consume)
     return by_map, by_token
@@ -177,27 +179,26 @@ def query_contributions(
     <v, V> with the query's gradient v = sum_t d_t a_t^T is sum_t d_t^T V a_t, a document's row adds up to its exact
     score with that sequence.
     """
-    device, dtype = next(model.parameters()).device, sum_dtype(model)
+    dtype = sum_dtype(model)
     maps = [m for m in maps if m.name in documents]
     count = len(next(iter(documents.values())))
     found: list[FloatArray] = [np.zeros((count, len(ids)), np.float32) for ids in sequences.input_ids]
-    for batch in batches(sequences, batch_tokens, device):
+    for batch in batches_of(model, maps, sequences, batch_tokens):
 
-        def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, batch: Batch = batch) -> None:
-            a, d = a.to(dtype), d.to(dtype)
+        def consume(m: TrackedMap, captured: Rows, batch: Batch = batch) -> None:
+            a, d = captured.a.to(dtype), captured.d.to(dtype)
             step = max(1, CHUNK_ENTRIES // (d.numel() + 1))
-            parts = [token_products_of(V, a, d) for V in documents[m.name].split(step)]
-            split = torch.cat(parts, dim=1).cpu().numpy()
+            parts = torch.cat([row_products_of(V, a, d) for V in documents[m.name].split(step)], dim=1)
+            split = captured.by_token(parts, batch.input_ids.shape[1]).cpu().numpy()
             for i, row in enumerate(batch.rows):
-                width = min(split.shape[2], found[row].shape[1])
-                found[row][:, :width] += split[i, :, :width].astype(np.float32)
+                found[row] += split[i, :, : found[row].shape[1]].astype(np.float32)
 
         capture(model, maps, batch, target_loss(task), consume)
     return found
 
 
-def token_products_of(V: torch.Tensor, a: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-    """d_t^T V a_t of each token and document: [N, D, T], for V [D, G, b, d_in]."""
+def row_products_of(V: torch.Tensor, a: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """d^T V a of each row and document: [N, D, R], for V [D, G, b, d_in]."""
     V = products.padded(V.to(a.device, a.dtype), a.shape[-1])
     reached = (a @ V.flatten(0, 2).mT).unflatten(-1, (len(V), -1))
     return (reached * d.flatten(2)[:, :, None]).sum(dim=-1).mT

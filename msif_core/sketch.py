@@ -24,8 +24,8 @@ import torch
 from torch import nn
 
 from msif_core import storage
-from msif_core.batching import Sequences, batches
-from msif_core.capture import Consume, capture
+from msif_core.batching import Sequences
+from msif_core.capture import Consume, batches_of, capture
 from msif_core.chain import Chain
 from msif_core.curvature.factors import Factors
 from msif_core.curvature.filters import SpectralFilter
@@ -34,8 +34,9 @@ from msif_core.curvature.gradients import PerSequenceGradients, RotatedGradients
 from msif_core.directions import Directions
 from msif_core.errors import InputError
 from msif_core.losses import target_loss
-from msif_core.models import TrackedMap
 from msif_core.randomness import random_signs
+from msif_core.rows import Rows
+from msif_core.tracking import TrackedMap
 
 if TYPE_CHECKING:
     from msif_core.config import SketchSettings
@@ -139,7 +140,8 @@ class Sketcher:
         return root if self.settings.whitening == "eigen" else root * kept.split.to(root)
 
     def _f(self, name: str) -> torch.Tensor:
-        return self.filter.attributed(self.factors[name].eigenvalues)
+        found = self.factors[name]
+        return self.filter.attributed(found.eigenvalues, found.mean)
 
     def documents(self, model: nn.Module, sequences: Sequences, batch_tokens: int, budget_gb: float) -> FloatArray:
         """Phi of each sequence: float32 [N, dimensions].
@@ -155,7 +157,7 @@ class Sketcher:
                 formed = RotatedGradients(
                     {m.name: self.kept[m.name].factors(self.factors[m.name]) for m in maps}, dtype
                 )
-            for batch in batches(sequences, batch_tokens, device):
+            for batch in batches_of(model, maps, sequences, batch_tokens):
                 found = torch.zeros(len(batch.rows), self.fold, device=device)
                 capture(model, maps, batch, target_loss(self.task), self._folding(found, formed, weights))
                 folded[batch.rows] += found.cpu()
@@ -172,9 +174,9 @@ class Sketcher:
     ) -> Consume:
         """Adds a map's weighted gradients to `folded` [N, fold]."""
 
-        def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> None:
+        def consume(m: TrackedMap, captured: Rows) -> None:
             columns = len(self.kept[m.name].columns)
-            for part, rows, gradients in formed.blocks(m, a, d):
+            for part, rows, gradients in formed.blocks(m, captured.a, captured.d):
                 entries = slice(rows.start * columns, rows.stop * columns)
                 weighted = gradients[..., :columns].flatten(1).float().mul_(weights[m.name][entries])
                 self._add(folded[part], weighted, self.offsets[m.name] + entries.start)

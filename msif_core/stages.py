@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import torch
 
-from msif_core import corpus, models, storage, vocabulary
+from msif_core import corpus, models, storage, tracking, vocabulary
 from msif_core.config import Config
 from msif_core.errors import InputError
 from msif_core.meta_models import meta_model, window
@@ -80,6 +80,7 @@ class Stages:
             trust_remote_code=self.config.compute.trust_remote_code,
             adapter=settings.adapter,
             tf32=self.config.compute.tf32,
+            attention=self.config.compute.attention,
         )
 
     def tokenizer(self, stage: str) -> Any:
@@ -92,9 +93,9 @@ class Stages:
         """The stage's model without weights."""
         return meta_model(self.config, self.config.stage(stage))
 
-    def maps(self, stage: str) -> list[models.TrackedMap]:
+    def maps(self, stage: str) -> list[tracking.TrackedMap]:
         """The stage's tracked maps."""
-        return models.tracked_maps(self.structure(stage), self.config.curvature)
+        return tracking.tracked_maps(self.structure(stage), self.config.curvature)
 
     def context(self, stage: str) -> int:
         """Tokens that the stage's model takes, and its tokenizer says that it takes.

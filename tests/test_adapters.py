@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from msif_core.config import Config, CurvatureSettings, Stage
 from msif_core.errors import InputError
-from msif_core.models import load_model, model_fingerprint, tracked_maps
+from msif_core.models import load_model, model_fingerprint
 from msif_core.pipeline import Pipeline
+from msif_core.tracking import tracked_maps
 from tests.conftest import make_model
 
 RANK, ALPHA = 2, 6

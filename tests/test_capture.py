@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers.pytorch_utils import Conv1D
 
 from msif_core.batching import IGNORED, Batch, Sequences, batches
-from msif_core.capture import capture, counted_positions, forward
+from msif_core.capture import capture, counted_positions
 from msif_core.config import CurvatureSettings
 from msif_core.curvature.fit import NonFiniteError, covariance_sums, finite_sequences
 from msif_core.errors import InputError
+from msif_core.forward import forward
 from msif_core.losses import target_loss
-from msif_core.models import TrackedMap, freeze, tracked_maps
+from msif_core.models import freeze
+from msif_core.rows import Rows
 from msif_core.scoring import query_gradients
+from msif_core.tracking import TrackedMap, tracked_maps
+from tests import weights
 from tests.conftest import VOCAB, make_model, make_sequences, task_of, tolerance
 
 ROOMY = 10_000
@@ -31,17 +33,13 @@ def only(sequences: Sequences) -> Batch:
 
 def weight_gradient(model: Any, m: TrackedMap, batch: Batch, task: str) -> torch.Tensor:
     """Autograd's gradient of the summed loss by the map's weight and bias, as [G, b, d_in]."""
-    module = model.get_submodule(m.name)
-    parameters = [p for p in (module.weight, module.bias) if p is not None]
+    parameters = [model.get_parameter(name) for name in weights.names_of(model, m)]
     for p in parameters:
         p.requires_grad_(True)
     gradients = torch.autograd.grad(target_loss(task)(forward(model, batch), batch), parameters)
     for p in parameters:
         p.requires_grad_(False)
-    weight = gradients[0].mT if isinstance(module, Conv1D) else gradients[0]
-    full = torch.cat([weight, gradients[1][:, None]], dim=1) if m.bias else weight
-    order = m.blocks(torch.arange(m.d_out)).flatten()
-    return full[order].reshape(m.shape)
+    return weights.of_map(model, m, list(gradients))
 
 
 @pytest.mark.parametrize("split", ["none", "projection", "head"])
@@ -69,14 +67,16 @@ def test_the_backward_ends_at_the_first_map_of_a_sweep(architecture: str, small_
             lambda _module, args, _output, name=m.name: graphs.__setitem__(name, args[0].requires_grad)
         )
         for m in maps
+        if m.expert is None
     ]
     alone = query_gradients(model, later, sequences, ROOMY, task=task)
     for hook in hooks:
         hook.remove()
     for m in later:
         assert torch.equal(alone[m.name], together[m.name])
-    assert not any(graphs[m.name] for m in maps if m not in later or m.input_group == later[0].input_group)
-    assert graphs[later[-1].name]
+    first = [m.name for m in maps if m not in later or m.input_group == later[0].input_group]
+    assert not any(graphs[name] for name in first if name in graphs)
+    assert graphs[[m.name for m in later if m.name in graphs][-1]]
 
 
 def test_a_module_may_write_into_a_maps_output() -> None:
@@ -93,7 +93,7 @@ def test_a_module_may_write_into_a_maps_output() -> None:
 
 @pytest.mark.parametrize("called", [False, True])
 @pytest.mark.parametrize("alone", [False, True])
-def test_a_map_that_does_not_reach_the_loss_is_refused(called: bool, alone: bool) -> None:
+def test_a_map_that_does_not_reach_the_loss_has_no_rows(called: bool, alone: bool) -> None:
     model = make_model("gpt_neox")
     model.add_module("aside", torch.nn.Linear(4, 4, dtype=torch.float64).requires_grad_(False))
 
@@ -104,8 +104,10 @@ def test_a_map_that_does_not_reach_the_loss_is_refused(called: bool, alone: bool
         model.get_input_embeddings().register_forward_hook(call_aside)
     others = [] if alone else tracked_maps(make_model("gpt_neox"), CurvatureSettings())
     aside = TrackedMap("aside", 5, 4, True, 1, 1, "aside")
-    with pytest.raises(InputError, match="aside: does not reach the loss"):
-        capture(model, [*others, aside], only(make_sequences(2)), target_loss("causal_lm"), lambda *_: None)
+    seen: list[str] = []
+    maps = [*others, aside]
+    capture(model, maps, only(make_sequences(2)), target_loss("causal_lm"), lambda m, _rows: seen.append(m.name))
+    assert sorted(seen) == sorted(m.name for m in others)
 
 
 def test_gradient_does_not_depend_on_the_batch(architecture: str, small_models: dict[str, Any]) -> None:
@@ -156,7 +158,8 @@ def test_bf16_is_close(decoder: str) -> None:
     a = torch.cat([exact[m.name].flatten() for m in maps])
     b = torch.cat([rough[m.name].flatten() for m in maps]).double()
     assert rough[maps[0].name].dtype == torch.float32
-    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.995
+    # A token on the border between two experts may go to the other one.
+    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > (0.99 if decoder == "mixtral" else 0.995)
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neox", "bloom", "gpt2"])
@@ -234,14 +237,15 @@ def test_labels_are_shifted(decoder: str, small_models: dict[str, Any]) -> None:
     batch = only(sequences)
     log_p = forward(model, batch).logits.log_softmax(-1)
     torch.testing.assert_close(target_loss("causal_lm")(forward(model, batch), batch), -log_p[0, 3, labels[4]])
-    seen = {}
-    capture(model, maps, batch, target_loss("causal_lm"), lambda m, a, d: seen.update({m.name: (a, d)}))
-    for a, d in seen.values():
-        assert (d[0, 4:] == 0).all()
-        assert (a[0, 4:] == 0).all()
-        assert a[0, 3].abs().sum() > 0
-    last = seen[maps[-1].name][1]
-    assert last[0, 3].abs().sum() > 0
+    seen: dict[str, Rows] = {}
+    capture(model, maps, batch, target_loss("causal_lm"), lambda m, rows: seen.update({m.name: rows}))
+    for rows in seen.values():
+        late = rows.tokens[0] > 3
+        assert (rows.d[0, late] == 0).all()
+        assert (rows.a[0, late] == 0).all()
+    whole = [m.name for m in maps if m.expert is None]
+    assert all(seen[name].a[0, 3].abs().sum() > 0 for name in whole)
+    assert seen[whole[-1]].d[0, 3].abs().sum() > 0
 
 
 def test_prompts_count_and_padding_does_not(decoder: str, small_models: dict[str, Any]) -> None:
@@ -252,9 +256,9 @@ def test_prompts_count_and_padding_does_not(decoder: str, small_models: dict[str
     counted = counted_positions(model, batch)
     assert counted is not None
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    capture(model, [m], batch, target_loss("causal_lm"), lambda _m, a, d: seen.append((a, d)))
+    capture(model, [m], batch, target_loss("causal_lm"), lambda _m, rows: seen.append((rows.a, rows.d)))
     a, d = seen[0]
-    outside = ~counted[..., 0]
+    outside = ~counted
     assert (a[outside] == 0).all()
     assert (d[outside] == 0).all()
     assert d[:, 0].abs().amax(dim=(1, 2)).min() > 0  # prompt tokens receive gradient through attention
@@ -272,21 +276,41 @@ def test_a_decoder_classifier_reads_its_last_real_token() -> None:
         forward(model, only(sequences))
 
 
-def test_a_map_called_twice_is_refused() -> None:
+def test_a_map_called_twice_has_the_gradient_of_both_calls() -> None:
     model = make_model("gpt_neox")
     model.gpt_neox.layers[1].mlp = model.gpt_neox.layers[0].mlp
     maps = tracked_maps(model, CurvatureSettings())
-    with pytest.raises(InputError, match=re.escape("gpt_neox.layers.0.mlp.dense_h_to_4h: called twice")):
-        query_gradients(model, maps, make_sequences(2), ROOMY, task="causal_lm")
+    twice = [m for m in maps if ".mlp." in m.name]
+    assert len(twice) == 2, "a module that two places share is tracked once"
+    sequences = make_sequences(3)
+    found = query_gradients(model, maps, sequences, ROOMY, task="causal_lm")
+    for m in maps:
+        expected = weight_gradient(model, m, only(sequences), "causal_lm")
+        torch.testing.assert_close(found[m.name].sum(0), expected, rtol=1e-9, atol=1e-12)
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_map_that_does_not_read_what_its_siblings_read_is_refused() -> None:
-    """As in MobileBERT, whose values read another tensor than its queries and keys: A and a are taken once for all."""
+def test_maps_that_read_different_inputs_share_nothing() -> None:
+    """As in MobileBERT, whose values read another tensor than its queries and keys."""
     model = make_model("bert")
     attention = model.bert.encoder.layer[1].attention.self
     attention.value.register_forward_pre_hook(lambda _module, args: (2 * args[0],))
     maps = tracked_maps(model, CurvatureSettings())
+    groups = [m.input_group for m in maps if "layer.1.attention.self" in m.name]
+    assert len(set(groups)) == 3
+    sequences = make_sequences(3, task="classification")
+    found = query_gradients(model, maps, sequences, ROOMY, task="classification")
+    for m in maps:
+        expected = weight_gradient(model, m, only(sequences), "classification")
+        torch.testing.assert_close(found[m.name].sum(0), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_map_that_stops_reading_what_its_siblings_read_is_refused() -> None:
+    """A and a are taken once for all of them."""
+    model = make_model("bert")
+    maps = tracked_maps(model, CurvatureSettings())
+    attention = model.bert.encoder.layer[1].attention.self
+    attention.value.register_forward_pre_hook(lambda _module, args: (2 * args[0],))
     with pytest.raises(InputError, match=r"layer.1.attention.self.value: reads another input than the maps"):
         query_gradients(model, maps, make_sequences(2, task="classification"), ROOMY, task="classification")
 

@@ -21,9 +21,9 @@ from msif_core.curvature import fit
 from msif_core.curvature.factors import Factors
 from msif_core.curvature.filters import Damped, Unrolled
 from msif_core.curvature.steps import Fit
-from msif_core.models import tracked_maps
 from msif_core.products import width
 from msif_core.sketch import Sketcher
+from msif_core.tracking import tracked_maps
 from tests.conftest import VOCAB, make_model, make_sequences, task_of
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

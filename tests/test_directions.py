@@ -15,8 +15,8 @@ from msif_core.curvature.factors import MapFactors
 from msif_core.curvature.filters import Damped, Identity, Unrolled
 from msif_core.curvature.gradients import RotatedGradients
 from msif_core.directions import Directions
-from msif_core.models import TrackedMap, tracked_maps
 from msif_core.sketch import Sketcher
+from msif_core.tracking import TrackedMap, tracked_maps
 from tests.conftest import make_sequences
 from tests.test_sketch import BATCH, random_factors, synthetic
 

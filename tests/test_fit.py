@@ -22,8 +22,8 @@ from msif_core.curvature.gradients import PerSequenceGradients, RotatedGradients
 from msif_core.curvature.steps import Fit
 from msif_core.errors import InputError
 from msif_core.losses import Loss
-from msif_core.models import TrackedMap, tracked_maps
 from msif_core.randomness import uniforms
+from msif_core.tracking import TrackedMap, tracked_maps
 from tests.conftest import make_model, make_sequences
 
 OPTIONS: dict[str, Any] = {"task": "causal_lm", "seed": 1, "batch_tokens": 40, "budget_gb": 1.0}

@@ -11,8 +11,8 @@ import torch
 
 from msif_core import low_rank, scoring, storage
 from msif_core.config import Config, CurvatureSettings
-from msif_core.models import tracked_maps
 from msif_core.pipeline import Pipeline
+from msif_core.tracking import tracked_maps
 from tests.conftest import make_sequences, task_of
 from tests.tiny_project import write_project
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ import torch
 from msif_core.checkpoint_cache import while_files_stay
 from msif_core.config import CurvatureSettings
 from msif_core.errors import InputError
-from msif_core.models import coverage, load_model, model_fingerprint, tracked_maps
+from msif_core.models import load_model, model_fingerprint
+from msif_core.tracking import tracked_maps
 from tests.conftest import make_model
 
 
@@ -29,24 +31,17 @@ def test_an_untied_head_is_tracked_on_request() -> None:
     assert model.get_submodule(extra.pop()) is model.get_output_embeddings()
 
 
-def test_an_unknown_fused_layout_is_refused() -> None:
+@pytest.mark.parametrize("split", ["projection", "head"])
+def test_a_fused_map_in_an_unknown_order_is_one_block(split: Any) -> None:
     model = make_model("gpt_neox")
-    model.config.model_type = "falcon"
-    with pytest.raises(InputError, match=r"not known for falcon.*qkv_split: none"):
-        tracked_maps(model, CurvatureSettings())
-    assert tracked_maps(model, CurvatureSettings(qkv_split="none"))
+    model.config.model_type = "unheard_of"
+    fused = [m for m in tracked_maps(model, CurvatureSettings(qkv_split=split)) if "query_key_value" in m.name]
+    assert [(m.groups, m.heads) for m in fused] == [(1, 1), (1, 1)]
 
 
 def test_nothing_to_track_lists_the_maps() -> None:
     with pytest.raises(InputError, match=r"matches none of the linear maps: \['gpt_neox"):
         tracked_maps(make_model("gpt_neox"), CurvatureSettings(include="transformer"))
-
-
-def test_coverage() -> None:
-    model = make_model("gpt_neox")
-    tracked, total = coverage(model, tracked_maps(model, CurvatureSettings()))
-    assert tracked == sum(p.numel() for n, p in model.named_parameters() if "layers" in n and "norm" not in n)
-    assert total == sum(p.numel() for p in model.parameters())
 
 
 def test_a_checkpoint_without_a_head_is_refused(tmp_path: Path) -> None:

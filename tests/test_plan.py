@@ -18,7 +18,8 @@ from msif_core.config import Config, CurvatureSettings
 from msif_core.curvature.fit import partitions
 from msif_core.errors import InputError
 from msif_core.losses import target_loss
-from msif_core.models import freeze, tracked_maps
+from msif_core.models import freeze
+from msif_core.tracking import tracked_maps
 from msif_core.work import Work
 from tests.conftest import CONFIGS, VOCAB, make_model, make_sequences
 

@@ -213,6 +213,7 @@ def test_the_trace_is_the_mean_squared_gradient(project: Path) -> None:
     from msif_core.capture import capture
     from msif_core.curvature.fit import EIGENVALUE_SEED
     from msif_core.losses import sampled_loss
+    from msif_core.rows import Rows
 
     pipeline = Pipeline.from_config(project)
     measured = manifest(pipeline.run())["drift"]["maps"]
@@ -221,8 +222,8 @@ def test_the_trace_is_the_mean_squared_gradient(project: Path) -> None:
     for part in sequences:
         for batch in batches(part, 1, pipeline.device):
 
-            def add(m: Any, a: torch.Tensor, d: torch.Tensor) -> None:
-                gradient = torch.einsum("ntgb,nti->ngbi", d, a)
+            def add(m: Any, captured: Rows) -> None:
+                gradient = torch.einsum("ntgb,nti->ngbi", captured.d, captured.a)
                 squares[m.name] = squares.get(m.name, 0) + float(gradient.square().sum()) / 48
 
             loss = sampled_loss("causal_lm", drift.SAMPLE_SEED + EIGENVALUE_SEED)

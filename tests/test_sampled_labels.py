@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from msif_core.batching import IGNORED, batches
-from msif_core.capture import forward
+from msif_core.forward import forward
 from msif_core.losses import draw_labels, sampled_loss
 from msif_core.randomness import uniforms
 from tests.conftest import make_model, make_sequences

@@ -11,7 +11,7 @@ import torch
 from msif_core import scoring
 from msif_core.config import CurvatureSettings
 from msif_core.curvature import fit
-from msif_core.models import TrackedMap, tracked_maps
+from msif_core.tracking import TrackedMap, tracked_maps
 from tests.conftest import make_model, make_sequences, task_of
 
 
@@ -56,7 +56,7 @@ def test_a_wide_head_has_a_block_diagonal_curvature(monkeypatch: pytest.MonkeyPa
     model.resize_token_embeddings(30)
     settings = CurvatureSettings(track_unembedding=True)
     assert tracked_maps(model, settings)[-1].shape == (1, 30, 8)
-    monkeypatch.setattr("msif_core.models.WIDEST_BLOCK", 12)
+    monkeypatch.setattr("msif_core.tracking.WIDEST_BLOCK", 12)
     head = tracked_maps(model, settings)[-1]
     assert (head.shape, head.pieces) == ((1, 30, 8), (3, 10))
     model.resize_token_embeddings(31)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from msif_core import index, models, sharded, torchrun
+from msif_core import index, models, sharded, torchrun, tracking
 from msif_core.config import Config, CurvatureSettings
 from msif_core.curvature import fit
 from msif_core.errors import InputError
@@ -30,7 +30,7 @@ RANKS = min(2, torch.cuda.device_count()) or 2
 @pytest.mark.parametrize(("count", "ranks"), [(7, 2), (6, 3), (1, 2)])
 def test_shares_add_up_and_cut_the_same_batches(count: int, ranks: int) -> None:
     model = make_model("gpt_neox")
-    maps = models.tracked_maps(model, CurvatureSettings())
+    maps = tracking.tracked_maps(model, CurvatureSettings())
     sequences = make_sequences(count)
     options = {"task": "causal_lm", "seed": 3, "batch_tokens": 16}
     whole = fit.covariance_sums(model, maps, sequences, **options)  # type: ignore[arg-type]

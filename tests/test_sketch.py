@@ -13,9 +13,9 @@ from msif_core.config import CurvatureSettings, SketchSettings
 from msif_core.curvature.factors import MapFactors
 from msif_core.curvature.filters import Damped, Unrolled
 from msif_core.errors import InputError
-from msif_core.models import TrackedMap, tracked_maps
 from msif_core.randomness import random_signs, uniforms
 from msif_core.sketch import Sketcher, fold_length, hadamard
+from msif_core.tracking import TrackedMap, tracked_maps
 from tests.conftest import make_sequences, task_of
 
 WHITENINGS = ["balanced", "eigen", "kronecker", "none"]
@@ -91,7 +91,7 @@ def test_the_kronecker_weight_is_rank_one_and_exact_for_a_rank_one_filter():
     eigenvalues = torch.outer(torch.arange(1.0, 6), torch.arange(1.0, 8))[None]
 
     class Inverse:
-        def attributed(self, eigenvalues: torch.Tensor) -> torch.Tensor:
+        def attributed(self, eigenvalues: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
             return 1 / eigenvalues
 
     factors = {"m0": MapFactors(torch.eye(7), torch.eye(5)[None], eigenvalues)}

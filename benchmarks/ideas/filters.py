@@ -19,15 +19,15 @@ class RootDamped:
 
     c: float
 
-    def level(self, eigenvalues: torch.Tensor) -> torch.Tensor:
-        mean = block_mean(eigenvalues)
+    def level(self, eigenvalues: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:
+        mean = block_mean(eigenvalues) if mean is None else mean
         return self.c * (eigenvalues * mean).sqrt() + 1e-3 * mean
 
-    def attributed(self, eigenvalues: torch.Tensor) -> torch.Tensor:
-        return 1 / (eigenvalues + self.level(eigenvalues))
+    def attributed(self, eigenvalues: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:
+        return 1 / (eigenvalues + self.level(eigenvalues, mean))
 
-    def passing(self, eigenvalues: torch.Tensor) -> torch.Tensor:
-        level = self.level(eigenvalues)
+    def passing(self, eigenvalues: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:
+        level = self.level(eigenvalues, mean)
         return level / (eigenvalues + level)
 
 
@@ -41,11 +41,11 @@ class Averaged:
     axes: tuple[int, ...]
     both: bool = False
 
-    def attributed(self, eigenvalues: torch.Tensor) -> torch.Tensor:
-        return self._fit(Damped(DEFAULT).attributed(eigenvalues))
+    def attributed(self, eigenvalues: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:
+        return self._fit(Damped(DEFAULT).attributed(eigenvalues, mean))
 
-    def passing(self, eigenvalues: torch.Tensor) -> torch.Tensor:
-        return self._fit(Damped(DEFAULT).passing(eigenvalues))
+    def passing(self, eigenvalues: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:
+        return self._fit(Damped(DEFAULT).passing(eigenvalues, mean))
 
     def _fit(self, f: torch.Tensor) -> torch.Tensor:
         log = f.log()

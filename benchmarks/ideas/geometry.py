@@ -12,11 +12,13 @@ from benchmarks.ideas.subject import Idea, Subject
 from benchmarks.ideas.training import Trace
 from msif_core.batching import Sequences
 from msif_core.curvature.factors import MapFactors
+from msif_core.curvature.filters import block_mean
 from msif_core.curvature.fit import EIGENVALUE_SEED, capture_all, covariance_sums
 from msif_core.curvature.gradients import RotatedGradients, rotate_outputs
 from msif_core.evaluation.methods import Gradients
 from msif_core.losses import Loss, sampled_loss, target_loss
-from msif_core.models import TrackedMap
+from msif_core.rows import Rows
+from msif_core.tracking import TrackedMap
 
 BATCH_TOKENS = 4096
 Curvature = dict[str, MapFactors]
@@ -37,6 +39,10 @@ class Scaled:
     def eigenvalues(self) -> torch.Tensor:
         return self.inner.eigenvalues
 
+    @property
+    def mean(self) -> torch.Tensor:
+        return self.inner.mean
+
     def rotate(self, V: torch.Tensor) -> torch.Tensor:
         return self.inner.rotate(self.scale * V)
 
@@ -52,6 +58,10 @@ class Diagonal:
     """A curvature that is diagonal in the parameters: [G, b, d_in]."""
 
     eigenvalues: torch.Tensor
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return block_mean(self.eigenvalues)
 
     def rotate(self, V: torch.Tensor) -> torch.Tensor:
         return V
@@ -92,8 +102,8 @@ def corrected(
     for model, seed in models:
         rotated = RotatedGradients(curvature, torch.float32)
 
-        def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, rotated: RotatedGradients = rotated) -> None:
-            for _, rows, gradients in rotated.blocks(m, a, d):
+        def consume(m: TrackedMap, captured: Rows, rotated: RotatedGradients = rotated) -> None:
+            for _, rows, gradients in rotated.blocks(m, captured.a, captured.d):
                 sums[m.name].flatten(0, 1)[rows].add_(gradients.square().sum(0))
 
         capture_all(model, maps, sequences, BATCH_TOKENS, sampled_loss("causal_lm", seed + EIGENVALUE_SEED), consume)
@@ -105,9 +115,9 @@ def by_token(model: torch.nn.Module, maps: list[TrackedMap], curvature: Curvatur
     """Eigenvalues that are mean squares of single tokens' gradients, as if tokens were independent."""
     sums = {m.name: torch.zeros(m.shape) for m in maps}
 
-    def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> None:
+    def consume(m: TrackedMap, captured: Rows) -> None:
         factors = curvature[m.name]
-        a, d = (a @ factors.Q_A).square(), rotate_outputs(d, factors.Q_S).square()
+        a, d = (captured.a @ factors.Q_A).square(), rotate_outputs(captured.d, factors.Q_S).square()
         sums[m.name].add_(torch.einsum("ntgb,nti->gbi", d, a))
 
     capture_all(model, maps, sequences, BATCH_TOKENS, sampled_loss("causal_lm", EIGENVALUE_SEED), consume)
@@ -118,8 +128,8 @@ def held_gradients(model: torch.nn.Module, maps: list[TrackedMap], sequences: Se
     """Every sequence's gradient [S, G, b, d_in], in the order of the batches."""
     found: dict[str, list[torch.Tensor]] = {m.name: [] for m in maps}
 
-    def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> None:
-        found[m.name].append(torch.einsum("ntgb,nti->ngbi", d, a))
+    def consume(m: TrackedMap, captured: Rows) -> None:
+        found[m.name].append(torch.einsum("ntgb,nti->ngbi", captured.d, captured.a))
 
     capture_all(model, maps, sequences, BATCH_TOKENS, loss, consume)
     return {name: torch.cat(parts) for name, parts in found.items()}

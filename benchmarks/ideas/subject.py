@@ -16,7 +16,7 @@ from msif_core.curvature.filters import Damped, SpectralFilter
 from msif_core.evaluation.lds import FloatArray
 from msif_core.evaluation.methods import Gradients, Pool
 from msif_core.evaluation.retraining import Retraining
-from msif_core.models import TrackedMap
+from msif_core.tracking import TrackedMap
 
 Idea = tuple[str, FloatArray]
 """A name, and the score of each query."""

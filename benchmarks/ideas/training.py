@@ -10,7 +10,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from benchmarks.ideas.subject import Subject
 from msif_core.evaluation.methods import Gradients
 from msif_core.evaluation.retraining import recipe
-from msif_core.models import TrackedMap
+from msif_core.tracking import TrackedMap
 from msif_core.training import new_model, optimize, step_count
 
 SHARES = (0.25, 0.5, 0.75)

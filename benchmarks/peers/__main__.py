@@ -26,7 +26,7 @@ import transformers
 from benchmarks import inputs, machine, tables
 from benchmarks.peers import msif_side
 from benchmarks.peers.protocol import Case, Side
-from msif_core import models
+from msif_core import tracking
 from msif_core.curvature.fit import covariance_sums
 from msif_core.work import Work
 
@@ -105,7 +105,7 @@ class Rates:
         """Of covariances that are the model's own: how long a decomposition takes depends on the spectrum."""
         device = case.settings["device"]
         model, sequences = setting.size.model(device), inputs.as_sequences(case.tokens("train"))
-        maps, batch = models.tracked_maps(model, msif_side.CURVATURE), setting.batch * setting.size.tokens
+        maps, batch = tracking.tracked_maps(model, msif_side.CURVATURE), setting.batch * setting.size.tokens
         sums = covariance_sums(model, maps, sequences, task="causal_lm", seed=0, batch_tokens=batch)
         matrices = [matrix.double() for matrix in sums.values()]
 
@@ -171,7 +171,7 @@ def floors(setting: Setting, rates: Rates) -> dict[str, float]:
     The latter are torch's own, alone and as every side calls them.
     """
     model = setting.size.model()
-    work = Work(model, models.tracked_maps(model, msif_side.CURVATURE), setting.size.tokens)
+    work = Work(model, tracking.tracked_maps(model, msif_side.CURVATURE), setting.size.tokens)
     gradient = work.linear() + work.gradients()
     rotated = gradient + work.rotation()
     fit = setting.train * (work.linear() + work.covariance() + rotated)

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks import inputs
 from benchmarks.peers.protocol import Case, Step, serve
-from msif_core import directions, models, scoring
+from msif_core import directions, models, scoring, tracking
 from msif_core.chain import Chain, FilteredStage
 from msif_core.curvature import fit
 from msif_core.curvature.factors import Factors
@@ -31,7 +31,7 @@ def prepare(case: Case) -> Mapping[str, Step]:
     """The steps of msif."""
     settings, scratch = case.settings, case.scratch("msif_side")
     model = models.load_model(case.model, device=settings["device"])
-    maps = models.tracked_maps(model, CURVATURE)
+    maps = tracking.tracked_maps(model, CURVATURE)
     train, query = (inputs.as_sequences(case.tokens(name)) for name in ("train", "query"))
     batch_tokens = settings["batch"] * case.tokens("train").shape[1]
     folder = scratch / "factors"

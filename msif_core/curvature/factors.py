@@ -13,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from msif_core import products, storage
+from msif_core.curvature.filters import block_mean
 from msif_core.errors import InputError
 
-VERSION = 3
+VERSION = 4
 """Of what the files hold: factors of another one are fitted anew."""
 
 
@@ -36,6 +37,11 @@ class MapFactors:
     Q_A: torch.Tensor
     Q_S: torch.Tensor
     eigenvalues: torch.Tensor
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """The mean eigenvalue [G, 1, 1] that relative filters refer to: that of each block."""
+        return block_mean(self.eigenvalues)
 
     def rotate(self, V: torch.Tensor) -> torch.Tensor:
         """Into the eigenbasis: Q_S^T V Q_A."""
@@ -63,15 +69,23 @@ class MapFactors:
 
 
 class StoredFactors(MapFactors):
-    """Those of a map on disk: each tensor is read when it is first used, and kept with the object."""
+    """Those of a map on disk: each tensor is read when it is first used, and kept with the object.
 
-    def __init__(self, read: Callable[[str, str], torch.Tensor], files: dict[str, str]) -> None:
+    The mean is as the fit decided: 0 for a block that nothing reached (`steps.reached_means`).
+    """
+
+    def __init__(self, read: Callable[[str, str], torch.Tensor], entry: dict[str, Any]) -> None:
         object.__setattr__(self, "_read", read)
-        object.__setattr__(self, "_files", files)
+        object.__setattr__(self, "_files", entry)
 
     Q_A = cached_property(lambda self: self._read(self._files["input"], "Q_A"))
     Q_S = cached_property(lambda self: self._read(self._files["bases"], "Q_S"))
     eigenvalues = cached_property(lambda self: self._read(self._files["eigenvalues"], "eigenvalues"))
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """The mean eigenvalue [G, 1, 1] that relative filters refer to."""
+        return self.eigenvalues.new_tensor(self._files["mean"])[:, None, None]  # type: ignore[attr-defined]
 
 
 class Factors:
@@ -79,7 +93,8 @@ class Factors:
 
     def __init__(self, folder: Path, manifest: dict[str, Any], device: str, dtype: torch.dtype | None) -> None:
         self.folder = folder
-        self.maps: dict[str, dict[str, str]] = manifest["maps"]
+        self.maps: dict[str, dict[str, Any]] = manifest["maps"]
+        self.unreached: list[str] = manifest["unreached"]
         self.mean_targets: float = manifest["mean_targets"]
         self.sequences: int = manifest["sequences"]
         self.fingerprint = folder.name

@@ -10,14 +10,15 @@ import torch
 from torch import nn
 
 from msif_core import products
-from msif_core.batching import Sequences, batches
-from msif_core.capture import Consume, capture
+from msif_core.batching import Sequences
+from msif_core.capture import Consume, batches_of, capture
 from msif_core.curvature.factors import MapFactors
 from msif_core.curvature.gradients import RotatedGradients
 from msif_core.errors import InputError
 from msif_core.losses import Loss, sampled_loss, target_loss
-from msif_core.models import ATTENDED, TrackedMap
 from msif_core.randomness import uniforms
+from msif_core.rows import Rows
+from msif_core.tracking import ATTENDED, TrackedMap
 
 EIGENVALUE_SEED = 0x5EED
 """Added to the seed of the second pass: fresh labels, independent of the first pass's."""
@@ -87,29 +88,38 @@ def covariance_sums(
             sums[key] = products.zeros(rows, len(rows), *2 * rows.shape[-1:], dtype=dtype)
         add_products(sums[key], products.factor(rows, dtype))
 
-    def consume(tracked: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> None:
+    def consume(tracked: TrackedMap, rows: Rows) -> None:
         if owners[tracked.input_group] == tracked:
-            add(f"A/{tracked.input_group}", reached(tracked, a, d).flatten(0, 1)[None])
-        add(f"S/{tracked.name}", d.reshape(-1, *tracked.pieces).transpose(0, 1))
+            add(f"A/{tracked.input_group}", reached(tracked, rows).flatten(0, 1)[None])
+        add(f"S/{tracked.name}", rows.d.reshape(-1, *tracked.pieces).transpose(0, 1))
 
     owners = {m.input_group: m for m in maps}  # one map of each group adds its inputs
     capture_all(model, maps, sequences, batch_tokens, sampled_loss(task, seed), consume)
-    d_in = {f"A/{group}": m.d_in for group, m in owners.items()}
-    for name, total in sums.items():
-        mirror(total)
-        sums[name] = (total[0, : d_in[name], : d_in[name]] if name in d_in else total).contiguous()
-    return sums
+    found = {}
+    for m in maps:
+        A, S = (sums.get(key) for key in (f"A/{m.input_group}", f"S/{m.name}"))
+        found[f"A/{m.input_group}"] = _square(A, 1, m.d_in, model, dtype)[0]
+        found[f"S/{m.name}"] = _square(S, *m.pieces, model, dtype)
+    return found
 
 
-def reached(tracked: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-    """The inputs a [N, T, d_in], zero where the gradients d [N, T, G, b] are.
+def _square(total: torch.Tensor | None, count: int, width: int, model: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """Symmetric sums, whole and of their own width: [count, width, width]; zero where no row came."""
+    if total is None:
+        return torch.zeros(count, width, width, dtype=dtype, device=next(model.parameters()).device)
+    mirror(total)
+    return total[:, :width, :width].contiguous()
+
+
+def reached(tracked: TrackedMap, rows: Rows) -> torch.Tensor:
+    """The inputs a [N, R, d_in], zero where the gradients d [N, R, G, b] are.
 
     Behind the last attention that is so at a prompt's tokens. Queries, keys and values share one A: a target depends
     on all tokens before it by their keys and values, if not by their queries.
     """
     if tracked.name.rpartition(".")[2] in ATTENDED:
-        return a
-    return a * (d.flatten(2).abs().amax(-1, keepdim=True) > 0)
+        return rows.a
+    return rows.a * (rows.d.flatten(2).abs().amax(-1, keepdim=True) > 0)
 
 
 def add_products(total: torch.Tensor, rows: torch.Tensor) -> None:
@@ -148,24 +158,24 @@ def capture_all(
     Raises:
         NonFiniteError: a sequence's inputs or gradients are not finite; what was summed is spoilt.
     """
-    for batch in batches(sequences, batch_tokens, next(model.parameters()).device):
+    for batch in batches_of(model, maps, sequences, batch_tokens):
         finite: dict[str, torch.Tensor] = {}
 
-        def checked(m: TrackedMap, a: torch.Tensor, d: torch.Tensor, finite: dict[str, torch.Tensor] = finite) -> None:
-            finite[m.name] = finite_rows(a, d)
-            consume(m, a, d)
+        def checked(m: TrackedMap, rows: Rows, finite: dict[str, torch.Tensor] = finite) -> None:
+            finite[m.name] = finite_sequence_rows(rows)
+            consume(m, rows)
 
         capture(model, maps, batch, loss, checked)
-        table = torch.stack(list(finite.values())).cpu()
+        table = torch.stack(list(finite.values())).cpu() if finite else torch.ones(1, len(batch.rows))
         if not bool(table.all()):
             first = int(torch.nonzero(~table.all(dim=1))[0])
             raise NonFiniteError(list(finite)[first], sequences, batch.rows[(~table.all(dim=0)).numpy()])
 
 
-def finite_rows(a: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+def finite_sequence_rows(rows: Rows) -> torch.Tensor:
     """Whether each sequence's inputs and gradients are finite, and their sums in float32 at least: [N]."""
-    dtype = torch.promote_types(d.dtype, torch.float32)
-    return (a.flatten(1).sum(dim=1, dtype=dtype) + d.flatten(1).sum(dim=1, dtype=dtype)).isfinite()
+    dtype = torch.promote_types(rows.d.dtype, torch.float32)
+    return (rows.a.flatten(1).sum(dim=1, dtype=dtype) + rows.d.flatten(1).sum(dim=1, dtype=dtype)).isfinite()
 
 
 def finite_sequences(
@@ -173,14 +183,15 @@ def finite_sequences(
 ) -> npt.NDArray[np.bool_]:
     """Whether each sequence's gradients are finite in every map, [N]; the others belong into quarantine."""
     flags = np.ones(len(sequences), dtype=np.bool_)
-    for batch in batches(sequences, batch_tokens, next(model.parameters()).device):
+    for batch in batches_of(model, maps, sequences, batch_tokens):
         found: list[torch.Tensor] = []
 
-        def consume(_: TrackedMap, a: torch.Tensor, d: torch.Tensor, found: list[torch.Tensor] = found) -> None:
-            found.append(finite_rows(a, d))
+        def consume(_: TrackedMap, rows: Rows, found: list[torch.Tensor] = found) -> None:
+            found.append(finite_sequence_rows(rows))
 
         capture(model, maps, batch, target_loss(task), consume)
-        flags[batch.rows] = torch.stack(found).all(dim=0).cpu().numpy()
+        if found:
+            flags[batch.rows] = torch.stack(found).all(dim=0).cpu().numpy()
     return flags
 
 
@@ -200,9 +211,9 @@ def eigenvalue_sums(
     sums = {m.name: torch.zeros(*m.shape[:2], products.width(m.d_in, device), dtype=dtype, device=device) for m in maps}
     rotated = RotatedGradients(factors, dtype)
 
-    def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> None:
+    def consume(m: TrackedMap, captured: Rows) -> None:
         total = sums[m.name].flatten(0, 1)
-        for _, rows, gradients in rotated.blocks(m, a, d):
+        for _, rows, gradients in rotated.blocks(m, captured.a, captured.d):
             total[rows].add_(products.squares_(gradients))
 
     capture_all(model, maps, sequences, batch_tokens, sampled_loss(task, seed + EIGENVALUE_SEED), consume)

@@ -9,7 +9,7 @@ import torch
 
 from msif_core import products
 from msif_core.curvature.factors import Factors, MapFactors
-from msif_core.models import TrackedMap
+from msif_core.tracking import TrackedMap
 
 CHUNK_ENTRIES = 1 << 26
 """Entries of per-sequence gradients held at one time (256 MB in float32)."""

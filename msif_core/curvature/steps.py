@@ -23,8 +23,9 @@ from msif_core import storage
 from msif_core.batching import IGNORED, Sequences
 from msif_core.curvature import fit
 from msif_core.curvature.factors import VERSION, MapFactors, write_tensors
+from msif_core.curvature.filters import block_mean
 from msif_core.errors import InputError
-from msif_core.models import TrackedMap
+from msif_core.tracking import TrackedMap
 
 Sums = dict[str, torch.Tensor]
 SumOf = Callable[[list[TrackedMap], Sequences], Sums]
@@ -127,6 +128,7 @@ class Fit:
 
                 storage.build_once(self.folder / eigenvalues_file(m.name), build)
         first = self._open("eigenvalues", parts, 0)
+        means, unreached = reached_means(self.maps, self._block_means())
         manifest = {
             "version": VERSION,
             "sequences": _total("sequences", first),
@@ -136,12 +138,22 @@ class Fit:
                     "input": input_file(m.input_group),
                     "bases": bases_file(m.name),
                     "eigenvalues": eigenvalues_file(m.name),
+                    "mean": means[m.name].tolist(),
                 }
                 for m in self.maps
             },
+            "unreached": unreached,
         }
         storage.write_json(self.folder / "factors.json", manifest)
         return self.folder
+
+    def _block_means(self) -> dict[str, torch.Tensor]:
+        """Mean eigenvalue of every block of every map, [G], from the finished files."""
+        found = {}
+        for m in self.maps:
+            with safe_open(self.folder / eigenvalues_file(m.name), framework="pt") as tensors:
+                found[m.name] = block_mean(tensors.get_tensor("eigenvalues")).flatten()
+        return found
 
     def _file(self, kind: str, part: int, group: int) -> Path:
         """A change of the budget in mid-fit groups the maps anew: its files have names of their own."""
@@ -198,6 +210,26 @@ class Fit:
                 documents = zip(sequences.document_ids, sequences.fingerprints, strict=True)
                 self.quarantine(part, [document for document, name in documents if name in dropped])
                 storage.write_json(record, sorted(dropped))
+
+
+def reached_means(maps: list[TrackedMap], means: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The mean eigenvalues [G] that relative filters refer to, and the maps with a block that nothing reached.
+
+    A block whose mean is at the level of rounding, beside the largest of all, has no curvature: its mean is 0. An
+    expert that no token of the sample reached has none either, but documents may reach it: its mean is that of the
+    experts beside it, so that it is filtered by their damping alone.
+    """
+    largest = max(float(mean.max()) for mean in means.values())
+    rounding = torch.finfo(next(iter(means.values())).dtype).eps ** 2 * largest
+    found = {name: torch.where(mean > rounding, mean, 0) for name, mean in means.items()}
+    unreached = [m.name for m in maps if bool((found[m.name] == 0).any())]
+    for stack in {(m.expert.module, m.expert.parameter) for m in maps if m.expert}:
+        names = [m.name for m in maps if m.expert and (m.expert.module, m.expert.parameter) == stack]
+        reached = [found[name] for name in names if found[name].all()]
+        for name in names:
+            if reached and not found[name].all():
+                found[name] = torch.stack(reached).mean(dim=0)
+    return found, unreached
 
 
 def read_bases(folder: Path, tracked: TrackedMap, device: torch.device) -> MapFactors:

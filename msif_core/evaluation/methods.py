@@ -18,11 +18,11 @@ import torch
 
 from msif_core import corpus, scoring
 from msif_core.batching import Sequences, batches
-from msif_core.capture import forward
 from msif_core.chain import Chain, FilteredStage
 from msif_core.config import Config
 from msif_core.curvature.filters import Damped, Identity, SpectralFilter, Unrolled, from_settings
 from msif_core.fitting import Fitting
+from msif_core.forward import forward
 from msif_core.lexical import words
 from msif_core.queries import Queries
 

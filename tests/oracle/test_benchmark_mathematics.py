@@ -16,8 +16,9 @@ from msif_core.curvature.factors import MapFactors
 from msif_core.curvature.filters import Damped
 from msif_core.curvature.fit import EIGENVALUE_SEED, capture_all
 from msif_core.losses import sampled_loss, target_loss
-from msif_core.models import TrackedMap, tracked_maps
+from msif_core.rows import Rows
 from msif_core.sketch import Sketcher
+from msif_core.tracking import TrackedMap, tracked_maps
 from tests.conftest import make_model, make_sequences
 
 MAPS = [TrackedMap("first", 7, 12, False, 3, 1, "first"), TrackedMap("second", 5, 8, False, 1, 1, "second")]
@@ -115,8 +116,9 @@ def test_curvatures_from_held_gradients() -> None:
     tokens = by_token(model, maps, found, sequences)
     squares: dict[str, float] = {}  # of tokens' outer products, |a|^2 |d|^2, which rotations keep
 
-    def consume(m: TrackedMap, a: torch.Tensor, d: torch.Tensor) -> None:
-        squares[m.name] = squares.get(m.name, 0.0) + float((a.square().sum(-1) * d.square().sum((-2, -1))).sum())
+    def consume(m: TrackedMap, captured: Rows) -> None:
+        norms = captured.a.square().sum(-1) * captured.d.square().sum((-2, -1))
+        squares[m.name] = squares.get(m.name, 0.0) + float(norms.sum())
 
     capture_all(model, maps, sequences, 4096, sampled_loss("causal_lm", EIGENVALUE_SEED), consume)
     for m in maps:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from msif_core import models, scoring
+from msif_core import scoring, tracking
 from msif_core.chain import Chain, FilteredStage
 from msif_core.config import CurvatureSettings
 from msif_core.curvature.factors import Factors
@@ -14,10 +14,10 @@ from tests.conftest import make_model, make_sequences, task_of, tolerance
 from tests.oracle import dense
 
 
-def fit_factors(model, maps, folder, task, seed):
+def fit_factors(model, maps, folder, task, seed, count=12):
     """Factors of a model on sequences of its own."""
     job = Fit(model, maps, folder, task, seed, batch_tokens=64, budget_gb=1.0)
-    sequences = make_sequences(12, seed, task)
+    sequences = make_sequences(count, seed, task)
     job.covariances(0, sequences)
     job.eigenbases(0, 1, torch.device("cpu"))
     job.eigenvalues(0, sequences)
@@ -31,8 +31,9 @@ def dense_scores(queries, documents, maps, stages, attributed, skip=None):
     for m in maps:
         V = torch.stack([gradients[m.name] for gradients in queries])
         for k in range(len(stages) - 1, attributed - 1, -1):
+            own = stages[k][1][m.name]
             if k != skip:
-                solved, level = dense.damped_solve(dense.matrix(stages[k][1][m.name]), V, stages[k][2])
+                solved, level = dense.damped_solve(dense.matrix(own), V, stages[k][2], own.mean)
                 V = solved if k == attributed else level * solved
         total += V.flatten(1) @ torch.stack([gradients[m.name] for gradients in documents]).flatten(1).mT
     return total.numpy()
@@ -51,7 +52,7 @@ def autograd(model, maps, sequences, task):
 def test_score_equals_dense_solves_and_needs_every_stage(architecture, split, depth, attributed, tmp_path):
     task = task_of(architecture)
     built = [make_model(architecture, seed) for seed in range(depth)]
-    maps = models.tracked_maps(built[0], CurvatureSettings(qkv_split=split))
+    maps = tracking.tracked_maps(built[0], CurvatureSettings(qkv_split=split))
     stages = []
     for k, model in enumerate(built):
         folder = tmp_path / str(k)
@@ -76,7 +77,7 @@ def test_score_equals_dense_solves_and_needs_every_stage(architecture, split, de
 def test_gradients_equal_autograd_whatever_the_batch(architecture):
     task = task_of(architecture)
     model = make_model(architecture)
-    maps = models.tracked_maps(model, CurvatureSettings(qkv_split="head"))
+    maps = tracking.tracked_maps(model, CurvatureSettings(qkv_split="head"))
     sequences = make_sequences(6, task=task)
     together = scoring.query_gradients(model, maps, sequences, 1000, task=task)
     alone = scoring.query_gradients(model, maps, sequences, 1, task=task)
@@ -91,7 +92,7 @@ def test_gradients_equal_autograd_whatever_the_batch(architecture):
 def test_contributions_add_up_to_the_exact_score(architecture):
     task = task_of(architecture)
     model = make_model(architecture)
-    maps = models.tracked_maps(model, CurvatureSettings())
+    maps = tracking.tracked_maps(model, CurvatureSettings())
     V = {m.name: torch.randn(1, *m.shape, dtype=torch.float64) for m in maps}
     sequences = make_sequences(5, task=task)
     exact = scoring.score_sequences(model, maps, dict(V), sequences, 64, task=task)[0]
@@ -109,16 +110,16 @@ def test_a_new_head_drops_out_and_is_no_error(tmp_path):
     for k, stage in enumerate((model, other)):
         folder = tmp_path / str(k)
         folder.mkdir()
-        factors.append(fit_factors(stage, models.tracked_maps(stage, settings), folder, "causal_lm", k))
+        factors.append(fit_factors(stage, tracking.tracked_maps(stage, settings), folder, "causal_lm", k))
     chain = Chain(tuple(FilteredStage(f, Damped(0.1)) for f in factors))
-    maps = models.tracked_maps(other, settings)
+    maps = tracking.tracked_maps(other, settings)
     filtered = {m.name: chain.filter(m.name, torch.randn(1, *m.shape, dtype=torch.float64)) for m in maps}
     assert [name for name, v in filtered.items() if v is None] == ["lm_head"]
 
 
 def test_bf16_scores_stay_within_its_tolerance():
     exact, coarse = make_model("gpt_neox", dtype=torch.float32), make_model("gpt_neox", dtype=torch.bfloat16)
-    maps = models.tracked_maps(exact, CurvatureSettings())
+    maps = tracking.tracked_maps(exact, CurvatureSettings())
     V = {m.name: torch.randn(2, *m.shape) for m in maps}
     sequences = make_sequences(40)
     a = scoring.score_sequences(exact, maps, dict(V), sequences, 64, task="causal_lm")

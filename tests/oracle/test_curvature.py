@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from msif_core import batching, losses, models
+from msif_core import batching, losses, tracking
 from msif_core.capture import capture
 from msif_core.config import CurvatureSettings
 from msif_core.curvature import fit
@@ -46,7 +46,7 @@ def random_bases(maps):
 def test_sampled_eigenvalues_converge_to_the_dense_gauss_newton(architecture):
     task = task_of(architecture)
     model = make_model(architecture)
-    maps = models.tracked_maps(model, CurvatureSettings())
+    maps = tracking.tracked_maps(model, CurvatureSettings())
     factors = random_bases(maps)
     one = make_sequences(1, task=task)
     expected = enumerated(model, maps, factors, one.input_ids[0], one.labels[0], task)
@@ -59,13 +59,15 @@ def test_sampled_eigenvalues_converge_to_the_dense_gauss_newton(architecture):
         mean = sums[m.name] / COPIES
         assert float(mean.sum()) == pytest.approx(float(expected[m.name].sum()), rel=0.06)
         large = expected[m.name] > expected[m.name].mean()
+        if not large.any():  # an expert that no token was routed to
+            continue
         torch.testing.assert_close(mean[large], expected[m.name][large], rtol=0.35, atol=0)
         assert float((mean[large] / expected[m.name][large]).mean()) == pytest.approx(1.0, abs=0.06)
 
 
 def test_sampled_labels_do_not_depend_on_the_batch():
     model = make_model("gpt_neox")
-    maps = models.tracked_maps(model, CurvatureSettings())
+    maps = tracking.tracked_maps(model, CurvatureSettings())
     sequences, factors = make_sequences(9), random_bases(maps)
     one = fit.eigenvalue_sums(model, maps, factors, sequences, task="causal_lm", seed=3, batch_tokens=1)
     many = fit.eigenvalue_sums(model, maps, factors, sequences, task="causal_lm", seed=3, batch_tokens=1000)
@@ -84,7 +86,7 @@ def test_covariances_equal_sums_over_real_tokens(architecture, split):
     """Padding and what follows the last target count nowhere, in whatever batch."""
     task = task_of(architecture)
     model = make_model(architecture)
-    maps = models.tracked_maps(model, CurvatureSettings(qkv_split=split))
+    maps = tracking.tracked_maps(model, CurvatureSettings(qkv_split=split))
     sequences = make_sequences(7, task=task)
     one = fit.covariance_sums(model, maps, sequences, task=task, seed=0, batch_tokens=1)
     many = fit.covariance_sums(model, maps, sequences, task=task, seed=0, batch_tokens=1000)
@@ -101,14 +103,14 @@ def test_covariances_count_the_tokens_whose_gradient_is_not_zero(architecture):
     """Behind the last attention a prompt's tokens reach no target; of maps that share an input, one reached will do."""
     task = task_of(architecture)
     model = make_model(architecture)
-    maps = models.tracked_maps(model, CurvatureSettings())
+    maps = tracking.tracked_maps(model, CurvatureSettings())
     sequences = make_sequences(5, task=task, lengths=(8, 12), prompt=6)
     inputs, reached = {}, {}
 
-    def consume(tracked, a, d):
+    def consume(tracked, rows):
         group = tracked.input_group
-        inputs[group] = a[..., : tracked.d_in]
-        reached[group] = reached.get(group, False) | (d != 0).flatten(2).any(-1)
+        inputs[group] = rows.a[..., : tracked.d_in]
+        reached[group] = reached.get(group, False) | (rows.d != 0).flatten(2).any(-1)
 
     capture(model, maps, next(batching.batches(sequences, 1000)), losses.sampled_loss(task, 0), consume)
     sums = fit.covariance_sums(model, maps, sequences, task=task, seed=0, batch_tokens=1000)
@@ -134,7 +136,7 @@ def test_blocks_of_the_fused_map_are_the_architectures_queries_keys_and_values()
     """GPT-NeoX and BLOOM interleave by head: reading [Q | K | V] would be wrong, and this would see it."""
     for architecture, heads in (("gpt_neox", 2), ("bloom", 2)):
         model = make_model(architecture)
-        fused = next(m for m in models.tracked_maps(model, CurvatureSettings()) if "query_key_value" in m.name)
+        fused = next(m for m in tracking.tracked_maps(model, CurvatureSettings()) if "query_key_value" in m.name)
         rows = fused.blocks(torch.arange(fused.d_out)).view(3, heads, -1)
         assert rows[0, 0].tolist() == [0, 1, 2, 3]
         assert rows[1, 0].tolist() == [4, 5, 6, 7]

@@ -13,7 +13,7 @@ from msif_core.chain import Chain, FilteredStage
 from msif_core.config import CurvatureSettings
 from msif_core.curvature.factors import Factors, MapFactors
 from msif_core.curvature.filters import Damped, Identity, SpectralFilter, Unrolled
-from msif_core.models import tracked_maps
+from msif_core.tracking import tracked_maps
 from tests.conftest import make_model, make_sequences
 from tests.oracle import dense
 from tests.oracle.test_chain import fit_factors

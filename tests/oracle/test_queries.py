@@ -12,7 +12,7 @@ from msif_core import scoring
 from msif_core.chain import Chain, FilteredStage
 from msif_core.config import CurvatureSettings
 from msif_core.curvature.filters import Damped
-from msif_core.models import tracked_maps
+from msif_core.tracking import tracked_maps
 from tests.conftest import make_model, make_sequences, task_of
 from tests.oracle import dense
 from tests.oracle.test_chain import dense_scores, fit_factors

@@ -13,7 +13,8 @@ from benchmarks.new_head import fisher_rows
 from benchmarks.schur import Curvature, Gradients, NewHead
 from msif_core.config import CurvatureSettings
 from msif_core.curvature.factors import MapFactors
-from msif_core.models import freeze, tracked_maps
+from msif_core.models import freeze
+from msif_core.tracking import tracked_maps
 from tests.conftest import make_model, make_sequences
 from tests.oracle import dense
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from msif_core.chain import Chain, FilteredStage
-from msif_core.curvature.filters import Damped
+from msif_core.curvature.filters import Damped, block_mean
 
 CLASSES, WIDTH = 3, 4
 LAMBDA, ALPHAS = 0.05, (0.1, 0.3)
@@ -16,6 +16,7 @@ class DenseMap:
     def __init__(self, H):
         values, self.Q = torch.linalg.eigh(H)
         self.eigenvalues = values[None, None]
+        self.mean = block_mean(self.eigenvalues)
 
     def rotate(self, V):
         return V @ self.Q
