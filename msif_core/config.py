@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from msif_core.errors import InputError
+from msif_core.workspace import check_name
 
 
 class Settings(BaseModel):
@@ -26,14 +27,11 @@ class Settings(BaseModel):
 class HubDataset(Settings):
     """A dataset of the Hugging Face `datasets` library: a hub id or a local folder."""
 
-    dataset: str = Field(
-        description="Hub id, or a local folder that `datasets.load_dataset` reads or `save_to_disk` wrote."
-    )
+    dataset: str = Field(description="Hub id, or a local folder: of files, or as `save_to_disk` writes it.")
     name: str | None = Field(None, description="Configuration of the dataset, if it has several.")
     split: str = Field("train", description="Split to read.")
     text: str = Field(
-        "text",
-        description="Column that holds the text; `prompt` and `completion`, where both are there, go before `text`.",
+        "text", description="Column of the text. Where a row has `prompt` and `completion`, they go before `text`."
     )
     id: str | None = Field(None, description="Column that holds the id; row numbers are used without one.")
 
@@ -333,13 +331,7 @@ class Config(Settings):
     runner: RunnerSettings = RunnerSettings()
 
     _home = field_validator("workspace", "queries", mode="before")(_at_home)
-
-    @field_validator("workspace")
-    @classmethod
-    def _duckdb_reads_it(cls, folder: Path) -> Path:
-        if "\\" in str(folder.absolute()):
-            raise ValueError("DuckDB takes a backslash in a path for a slash; name a folder without one")
-        return folder
+    _readable = field_validator("workspace")(check_name)
 
     @field_validator("attribute_to", mode="before")
     @classmethod
