@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from msif_core.config_problems import problems
 from msif_core.errors import InputError
 from msif_core.workspace import check_name
 
@@ -378,29 +378,5 @@ class Config(Settings):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            lines = [f"  {'.'.join(map(str, e['loc'])) or '(top level)'}: {_message(e)}" for e in error.errors()]
-            raise InputError(f"{path}: not a valid configuration\n" + "\n".join(lines)) from None
-
-
-def _message(error: Any) -> str:
-    """What pydantic says of an error; of an unknown key, which ones there are."""
-    if error["type"] != "extra_forbidden":
-        return str(error["msg"])
-    return f"unknown key; known here: {', '.join(_model_at(error['loc'][:-1]).model_fields)}"
-
-
-def _model_at(location: Sequence[str | int]) -> type[BaseModel]:
-    """The model that the keys of a configuration lead to; steps that are no field choose in a list or a union."""
-    model: type[BaseModel] = Config
-    for step in location:
-        if step in model.model_fields:
-            model = next(models_in(model.model_fields[str(step)].annotation))
-    return model
-
-
-def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models that a type names."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for part in get_args(annotation):
-        yield from models_in(part)
+            lines = "\n".join(f"  {problem}" for problem in problems(error, cls))
+            raise InputError(f"{path}: not a valid configuration\n{lines}") from None

@@ -13,6 +13,7 @@ from msif_core.checkpoint_cache import while_files_stay
 from msif_core.config import Config, Stage
 from msif_core.errors import InputError
 from msif_core.models import AUTO, adapter_to_merge, attention_option, needs_package, read_configuration
+from msif_core.tracking import text_config
 
 _PYTHIA = {"model_type": "gpt_neox", "rotary_pct": 0.25, "max_position_embeddings": 2048, "use_parallel_residual": True}
 _PYTHIA_3B = {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240}
@@ -54,7 +55,8 @@ def window(config: Config, stage: str, model: nn.Module) -> int | None:
     Raises:
         InputError: the model has fewer positions than are configured.
     """
-    configured, positions = config.corpus.max_length, getattr(model.config, "max_position_embeddings", None)
+    configured = config.corpus.max_length
+    positions = getattr(text_config(model), "max_position_embeddings", None)
     if configured and positions and configured > positions:
         raise InputError(
             f"corpus.max_length is {configured}, but the model of stage {stage!r} has {positions} positions; "

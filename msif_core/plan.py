@@ -199,7 +199,7 @@ def stage_plan(config: Config, stage: Stage, model: nn.Module, maps: list[Tracke
     return StagePlan(
         name=stage.name,
         window=longest,
-        positions=getattr(model.config, "max_position_embeddings", None),
+        positions=getattr(text_config(model), "max_position_embeddings", None),
         parameters=total,
         tracked=tracked,
         maps=len(maps),

@@ -107,7 +107,7 @@ class Stages:
 
         The latter is less where positions start after the padding token's (RoBERTa), and huge where it is not known.
         """
-        positions = getattr(self.structure(stage).config, "max_position_embeddings", None) or 1024
+        positions = getattr(tracking.text_config(self.structure(stage)), "max_position_embeddings", None) or 1024
         return min(positions, getattr(self.tokenizer(stage), "model_max_length", positions))
 
     def max_length(self, stage: str) -> int:
