@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -45,7 +46,7 @@ class Work:
         """Entries of all A and S, or of their eigenbases."""
         return sum(d * d for d in self.inputs) + sum(m.s_entries for m in self.maps)
 
-    @property
+    @cached_property
     def weights(self) -> dict[str, float]:
         """Entries of every linear map that a token meets, tracked or not (the head too), in the model's order.
 

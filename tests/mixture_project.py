@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from msif_core.models import load_tokenizer
 from msif_core.pipeline import Pipeline
+from msif_core.tokenizers import load_tokenizer
 
 
 def put_mixtures(config: Path) -> Pipeline:
