@@ -29,9 +29,9 @@ WIDEST_BLOCK = 4096
 
 
 class Blocks(NamedTuple):
-    """Output rows of a map that lie as [dealt, count, rows of a block / dealt]."""
+    """Output rows of a map that lie as [dealt, groups, rows of a block / dealt]."""
 
-    count: int
+    groups: int
     dealt: int = 1
 
 
@@ -217,7 +217,7 @@ def _linear(
     weight = module.weight
     d_in, d_out = weight.shape if isinstance(module, Conv1D) else reversed(weight.shape)
     blocks = WHOLE if is_head else _blocks(model, name, int(d_out), settings.qkv_split)
-    cuts = _cuts(int(d_out) // blocks.count, settings.block_size or (WIDEST_BLOCK if is_head else int(d_out)))
+    cuts = _cuts(int(d_out) // blocks.groups, settings.block_size or (WIDEST_BLOCK if is_head else int(d_out)))
     has_bias = module.bias is not None
     layouts = {TOKENS} if calls is None else {calls[place].layout for place in (name, *also)}
     return TrackedMap(
@@ -225,7 +225,7 @@ def _linear(
         int(d_in) + has_bias,
         int(d_out),
         has_bias,
-        blocks.count,
+        blocks.groups,
         blocks.dealt,
         _input_group(model, name, has_bias, calls),
         cuts,
