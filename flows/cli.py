@@ -81,12 +81,13 @@ def demo(keep_server: KeepServer = False) -> None:
 def run(config: ConfigFile, keep_server: KeepServer = False) -> None:
     """Tokenize, fit and index. A second run finds everything in place and says so."""
     from flows.build_index import build_index
-    from flows.show_results import print_change, print_recall
+    from flows.show_results import print_change, print_coverage, print_recall
 
     settings = Config.load(config)
     before = published(settings)
     with orchestrated(settings, keep_server):
         built = build_index(settings)
+    print_coverage(settings, console)
     print_change(settings, before, built, console)
     print_recall(settings, console)
 

@@ -22,13 +22,11 @@ def fit_ekfac(config: Configuration) -> None:
 def fit_stage(config: Config, stage: str) -> None:
     """Each step over the parts of the sample, then the factors."""
     pipeline = Pipeline(config)
-    coverage = coverage_of(pipeline.structure(stage), pipeline.maps(stage))
-    get_run_logger().info(
-        f"{stage}: {coverage.tracked:,} of {coverage.parameters:,} parameters outside embeddings and head are tracked "
-        f"({coverage.share:.0%})"
-    )
+    get_run_logger().info(f"stage {stage}: {coverage_of(pipeline.structure(stage), pipeline.maps(stage)).told()}")
     parts = range(len(pipeline.fit_parts(stage)))
     share(config, f"covariance of {stage}", curvature.covariance_part, stage, parts=parts)
     share(config, f"eigenbases of {stage}", curvature.eigenbasis_part, stage, parts=parts)
     share(config, f"eigenvalues of {stage}", curvature.eigenvalue_part, stage, parts=parts)
     curvature.combine_eigenvalues(config, stage)
+    for remark in pipeline.remarks(stage):
+        get_run_logger().warning(remark)

@@ -97,12 +97,13 @@ def helpers(config: Config) -> Iterator[None]:
     try:
         yield
     finally:
-        _cancel([run.id for run in started])
+        cancel([run.id for run in started], "the build is done")
 
 
-def _cancel(runs: list[UUID]) -> None:
+def cancel(runs: list[UUID], reason: str) -> None:
+    """Cancel those of the runs that have not ended."""
     with get_client(sync_client=True) as client:
         for run in runs:
             state = client.read_flow_run(run).state
             if state is None or not state.is_final():
-                client.set_flow_run_state(run, Cancelled(message="the build is done"), force=True)
+                client.set_flow_run_state(run, Cancelled(message=reason), force=True)

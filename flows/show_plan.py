@@ -36,6 +36,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(f"Index: {plan.index_kind}, {_bytes(plan.index_bytes)}.")
     console.print(f"Recall: {plan.recall_sweeps} sweeps of its sample, for the queries' gradients to fit the budget.")
     for stage in plan.stages:
+        console.print(f"Stage {stage.name}: {stage.coverage}.")
         if stage.assumed:
             console.print(f"Stage {stage.name}: {stage.assumed}.")
 

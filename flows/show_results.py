@@ -12,7 +12,9 @@ from flows.changes import what_changed
 from msif_core import storage
 from msif_core.attribution import Attribution
 from msif_core.config import Config
+from msif_core.coverage import LOW, coverage_of
 from msif_core.generations import withheld
+from msif_core.pipeline import Pipeline
 from msif_core.report.page import on_one_line
 from msif_core.workspace import Workspace
 
@@ -33,6 +35,17 @@ def print_attribution(folder: Path, console: Console, top: int) -> None:
         console.print(table)
     console.print(f"Stored: {escape(str(folder))}")
     console.print(f"Page:   {escape(str(folder / 'page.html'))}")
+
+
+def print_coverage(config: Config, console: Console) -> None:
+    """What is tracked of each stage's model, and what a user should know of it."""
+    pipeline = Pipeline(config)
+    for stage in (stage.name for stage in config.stages):
+        coverage = coverage_of(pipeline.structure(stage), pipeline.maps(stage))
+        if coverage.share >= LOW:
+            console.print(escape(f"Stage {stage}: {coverage.told()}."))
+        for remark in pipeline.remarks(stage):
+            console.print(escape(f"Warning: {remark}."), style="yellow")
 
 
 def print_change(config: Config, before: dict[str, Any] | None, built: Path, console: Console) -> None:

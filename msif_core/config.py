@@ -254,6 +254,11 @@ class ComputeSettings(Settings):
         description="Processes that share one model's weights in a build (FSDP under torchrun), for a causal "
         "language model larger than one accelerator.",
     )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = Field(
+        "auto",
+        description="How the models' attention is computed: an implementation of transformers. auto: what the "
+        "checkpoint asks for, else transformers' choice.",
+    )
     trust_remote_code: bool = Field(False, description="Run modelling code that comes with a checkpoint.")
 
 

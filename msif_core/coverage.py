@@ -18,6 +18,9 @@ from msif_core.tracking import TrackedMap, output_embedding
 UNREACHED = "no text reaches it"
 LEFT_OUT = "left out by curvature.include"
 
+LOW = 0.9
+"""A share that is worth a warning."""
+
 
 @dataclass(frozen=True)
 class Untracked:
@@ -46,6 +49,15 @@ class Coverage:
     def share(self) -> float:
         """Tracked parameters among those that a text reaches."""
         return self.tracked / max(1, self.parameters)
+
+    def told(self) -> str:
+        """The share in one sentence, with the largest parts that are left out where it is low."""
+        first = f"{self.tracked:,} of {self.parameters:,} parameters outside embeddings and head are tracked"
+        if self.share >= LOW:
+            return f"{first} ({self.share:.0%})"
+        largest = [u for u in self.untracked if u.reason != UNREACHED][:3]
+        rest = "; ".join(f"{u.name}, {u.parameters / self.parameters:.0%} ({u.reason})" for u in largest)
+        return f"only {first} ({self.share:.0%}), and scores know nothing of the rest. Not tracked: {rest}"
 
 
 def coverage_of(model: Any, maps: list[TrackedMap]) -> Coverage:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from types import MethodType
 from typing import Any
 
@@ -71,7 +72,7 @@ def _first(module: Any) -> str:
 
 
 def _stack(module: nn.Module, name: str, count: int, transposed: bool) -> Stack:
-    d_out, d_in = module.get_parameter(name).shape[1:]
+    d_out, d_in = attrgetter(name)(module).shape[1:]
     if transposed:
         d_out, d_in = d_in, d_out
     bias = f"{name}_bias" if getattr(module, "has_bias", False) else None
@@ -115,7 +116,7 @@ def watch(module: nn.Module, watched: Watch | None) -> None:
 
 def weight_of(module: nn.Module, stack: Stack, expert: int) -> torch.Tensor:
     """The expert's weight, [d_out, d_in]."""
-    parameter: torch.Tensor = module.get_parameter(stack.parameter)
+    parameter: torch.Tensor = attrgetter(stack.parameter)(module)
     if parameter.ndim == 2:
         parameter = parameter.view(stack.count, -1, parameter.shape[1])
     return parameter[expert].mT if stack.transposed else parameter[expert]
@@ -123,7 +124,7 @@ def weight_of(module: nn.Module, stack: Stack, expert: int) -> torch.Tensor:
 
 def _apply(module: Any, stack: Stack, expert: int, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """One expert's map of its rows [n, d_in], which are those of `tokens` [n]: [n, d_out]."""
-    bias = module.get_parameter(stack.bias)[expert] if stack.bias else None
+    bias = getattr(module, stack.bias)[expert] if stack.bias else None
     outputs = nn.functional.linear(rows, weight_of(module, stack, expert), bias)
     watched: Watch | None = module.__dict__.get("_watched")
     return outputs if watched is None else watched(stack.parameter, expert, rows, tokens, outputs)

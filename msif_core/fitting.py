@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Self
 import numpy as np
 import torch
 
-from msif_core import corpus, models, storage
+from msif_core import corpus, models, storage, tracking
 from msif_core.batching import Sequences
 from msif_core.chain import Chain, FilteredStage
+from msif_core.coverage import LOW, coverage_of
 from msif_core.curvature import filters, fit
 from msif_core.curvature.factors import VERSION, Factors
 from msif_core.curvature.steps import Fit
@@ -115,7 +117,10 @@ class Fitting(Stages):
         for step in (self.covariance_part, self.eigenbasis_part, self.eigenvalue_part):
             run = self.reporting(f"{step.__name__} {stage}", partial(step, stage), parts)
             storage.free_first(range(parts), run)
-        return self.combine_eigenvalues(stage)
+        folder = self.combine_eigenvalues(stage)
+        for remark in self.remarks(stage):
+            warnings.warn(remark, stacklevel=2)
+        return folder
 
     def reporting(self, name: str, step: Callable[[int], object], count: int) -> Callable[[int], None]:
         """The step, which tells `progress` each time how many of its parts are done."""
@@ -155,6 +160,25 @@ class Fitting(Stages):
             quarantine,
         )
 
+    def remarks(self, stage: str) -> list[str]:
+        """What a user should know of the stage's tracked maps, a sentence each; empty where all is well."""
+        maps, found = self.maps(stage), []
+        coverage = coverage_of(self.structure(stage), maps)
+        if coverage.share < LOW:
+            found.append(coverage.told())
+        if whole := tracking.in_unknown_order(maps, self.config.curvature.qkv_split):
+            found.append(
+                f"the order of query, key and value rows in {_some(whole)} is not known for this type of model, so "
+                "each has one block of curvature"
+            )
+        if self.fitted(stage) and (unreached := self.factors(stage).unreached):
+            found.append(
+                f"{len(unreached)} of {len(maps)} maps have a block that no sequence of the fit's sample reached "
+                f"beyond rounding ({_some(unreached)}): experts among them are filtered by their damping alone, others "
+                "have no say in scores"
+            )
+        return [f"stage {stage}: {remark}" for remark in found]
+
     def fitted(self, stage: str) -> bool:
         """Whether the stage's factors are finished (and, being pinned, stay as they are)."""
         return self._finished(self.factors_fingerprint(stage))
@@ -175,3 +199,9 @@ class Fitting(Stages):
         """Every stage's curvature and filter, from the attributed stage's point of view."""
         stages = tuple(self.curvature(stage.name) for stage in self.config.stages)
         return Chain(stages, self.config.attributed_index)
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -6,7 +6,6 @@ On a CPU this is the process's resident size, the libraries and the mapped sums 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -14,7 +13,7 @@ from msif_core import losses
 from msif_core.config import Config
 from msif_core.curvature.fit import partitions, statistics
 from msif_core.curvature.gradients import CACHED_ENTRIES, CHUNK_ENTRIES, CPU_ROWS, CPU_SEQUENCES
-from msif_core.tracking import TrackedMap
+from msif_core.tracking import TrackedMap, text_config
 from msif_core.work import Work
 
 PROCESS = 0.45e9
@@ -40,14 +39,14 @@ def activations(config: Config, work: Work) -> float:
     """
     tokens = max(config.compute.batch_tokens, work.tokens)
     width = getattr(torch, config.compute.dtype).itemsize
-    settings: Any = work.model.config
-    layers = sum(m.d_in + m.d_out for m in work.maps if m.d_out < settings.vocab_size)
+    settings = text_config(work.model)
+    layers = sum(m.routed * (m.d_in + m.d_out) for m in work.maps if m.d_out < settings.vocab_size)
     return float(tokens * width * (layers + settings.vocab_size))
 
 
 def sampling(config: Config, work: Work, accelerator: bool) -> float:
     """Float64 softmax and its sums, where labels are drawn."""
-    settings: Any = work.model.config
+    settings = text_config(work.model)
     tokens = max(config.compute.batch_tokens, work.tokens)
     most = losses.CHUNK_ENTRIES if accelerator else losses.CACHED_ENTRIES
     return 24.0 * min(most, tokens * int(settings.vocab_size))

@@ -12,7 +12,7 @@ from torch import nn
 from msif_core.checkpoint_cache import while_files_stay
 from msif_core.config import Config, Stage
 from msif_core.errors import InputError
-from msif_core.models import adapter_to_merge
+from msif_core.models import AUTO, adapter_to_merge, attention_option, needs_package, read_configuration
 
 _PYTHIA = {"model_type": "gpt_neox", "rotary_pct": 0.25, "max_position_embeddings": 2048, "use_parallel_residual": True}
 _PYTHIA_3B = {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240}
@@ -37,7 +37,9 @@ def meta_model(config: Config, stage: Stage) -> nn.Module:
     Raises:
         InputError: no configuration of it can be read here, or it is an adapter and to be refused.
     """
-    return _meta_model(stage.model, stage.revision, stage.task, stage.adapter, config.compute.trust_remote_code)
+    compute = config.compute
+    options = (stage.revision, stage.task, stage.adapter, compute.trust_remote_code, compute.attention)
+    return _meta_model(stage.model, *options)
 
 
 def window(config: Config, stage: str, model: nn.Module) -> int | None:
@@ -56,27 +58,20 @@ def window(config: Config, stage: str, model: nn.Module) -> int | None:
 
 
 @while_files_stay(4)
-def _meta_model(source: str, revision: str | None, task: str, adapter: str, trust_remote_code: bool) -> nn.Module:
-    auto = {
-        "causal_lm": transformers.AutoModelForCausalLM,
-        "classification": transformers.AutoModelForSequenceClassification,
-    }[task]
-    settings = _settings(source, revision, adapter, trust_remote_code)
-    with torch.device("meta"):
-        return auto.from_config(settings, trust_remote_code=trust_remote_code)
+def _meta_model(
+    source: str, revision: str | None, task: str, adapter: str, trust_remote_code: bool, attention: str
+) -> nn.Module:
+    settings = _settings(source, revision, task, adapter, trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return AUTO[task].from_config(settings, trust_remote_code=trust_remote_code, **attention_option(attention))
+    except ImportError as error:
+        raise needs_package(source, error) from None
 
 
-def _settings(source: str, revision: str | None, adapter: str, trust_remote_code: bool) -> Any:
+def _settings(source: str, revision: str | None, task: str, adapter: str, trust_remote_code: bool) -> Any:
     if source in KNOWN and not Path(source).exists():
         return transformers.AutoConfig.for_model(**KNOWN[source])
     if (merged := adapter_to_merge(source, revision, adapter)) is not None:
-        return _settings(merged["base_model_name_or_path"], merged.get("revision"), "refuse", trust_remote_code)
-    try:
-        return transformers.AutoConfig.from_pretrained(
-            source, revision=revision or "main", trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{source}: no configuration of a model can be read here ({str(error).splitlines()[0]}); "
-            "give a folder with its config.json"
-        ) from None
+        return _settings(merged["base_model_name_or_path"], merged.get("revision"), task, "refuse", trust_remote_code)
+    return read_configuration(source, revision, task, trust_remote_code)

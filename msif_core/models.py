@@ -6,18 +6,28 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import cached_file, find_adapter_config_file
 
-from msif_core import experts, storage
+from msif_core import experts, storage, tracking
+from msif_core.batching import Batch
 from msif_core.checkpoint_cache import while_files_stay
 from msif_core.errors import InputError
+from msif_core.forward import forward
 
 if TYPE_CHECKING:
     pass
+
+
+AUTO = {
+    "causal_lm": transformers.AutoModelForCausalLM,
+    "classification": transformers.AutoModelForSequenceClassification,
+}
+"""The class that makes a model, by task."""
 
 
 @while_files_stay(4)
@@ -30,6 +40,7 @@ def load_model(
     trust_remote_code: bool = False,
     adapter: str = "refuse",
     tf32: bool = False,
+    attention: str = "auto",
 ) -> nn.Module:
     """The frozen model in evaluation mode; weights come from safetensors only.
 
@@ -37,13 +48,20 @@ def load_model(
     (`capture.precision`).
 
     Raises:
-        InputError: there is no such checkpoint, or it has no safetensors, lacks weights, or is an adapter that is
-            not to be merged, or cannot be.
+        InputError: there is no such checkpoint, or it has no safetensors, lacks weights, is quantized, is no causal
+            language model where the task needs one, or is an adapter that is not to be merged, or cannot be.
     """  # fmt: skip
-    options = (dtype, task, trust_remote_code)
+    model = freeze(_merged(source, revision, adapter, (dtype, task, trust_remote_code, attention)).to(device), tf32)
+    if task == "causal_lm":
+        check_causal(model, source)
+    return model
+
+
+def _merged(source: str, revision: str | None, adapter: str, options: tuple[str, str, bool, str]) -> Any:
+    """A checkpoint's model, an adapter's merged into its base model."""
     settings = adapter_to_merge(source, revision, adapter)
     if settings is None:
-        return freeze(_read_checkpoint(source, revision, *options).to(device), tf32)
+        return _read_checkpoint(source, revision, *options)
     # peft itself would fall back on a pickle.
     weights = cached_file(
         source, "adapter_model.safetensors", revision=revision, _raise_exceptions_for_missing_entries=False
@@ -62,7 +80,40 @@ def load_model(
     except (OSError, ValueError, RuntimeError) as error:
         name = settings["base_model_name_or_path"]
         raise InputError(f"{source}: the adapter cannot be merged into its base model {name}: {error}") from None
-    return freeze(merged.to(device), tf32)
+    return merged
+
+
+def check_causal(model: Any, source: str) -> None:
+    """Refuse a model whose logits at a position depend on later tokens, or that cannot be run on a text.
+
+    Raises:
+        InputError: says which.
+    """
+    embedding, seen = tracking.input_embedding(model), []
+
+    def watch(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        seen.append(output.detach().requires_grad_())
+        return seen[-1].clone()
+
+    ids = torch.arange(8, device=next(model.parameters()).device)[None] % tracking.text_config(model).vocab_size
+    batch = Batch(ids, ids, torch.ones_like(ids), [""], np.arange(1))
+    hook = None if embedding is None else embedding.register_forward_hook(watch)
+    try:
+        with torch.enable_grad():
+            first_half = forward(model, batch).logits[:, :4].float()
+            asked = first_half * torch.linspace(-1, 1, first_half.shape[-1], device=ids.device)
+            gradients = torch.autograd.grad(asked.sum(), seen, allow_unused=True) if seen else ()
+    except Exception as error:  # a model's own code raises what it likes
+        raise InputError(f"{source}: {type(model).__name__} cannot be run on a text alone: {error}") from error
+    finally:
+        if hook is not None:
+            hook.remove()
+    for gradient in (g for g in gradients if g is not None and g.shape[:2] == ids.shape):
+        if gradient[:, 4:].abs().max() > 1e-3 * gradient[:, :4].abs().max():
+            raise InputError(
+                f"{source}: {type(model).__name__} reads later tokens too, so it is no causal language model; if it "
+                "was trained as one, set is_decoder to true in its config.json"
+            )
 
 
 def adapter_to_merge(source: str, revision: str | None, adapter: str) -> dict[str, Any] | None:
@@ -89,18 +140,19 @@ def adapter_settings(source: str, revision: str | None = None) -> dict[str, Any]
     return None if path is None else dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
-def _read_checkpoint(source: str, revision: str | None, dtype: str, task: str, trust_remote_code: bool) -> Any:
-    auto = {
-        "causal_lm": transformers.AutoModelForCausalLM,
-        "classification": transformers.AutoModelForSequenceClassification,
-    }[task]
+def _read_checkpoint(
+    source: str, revision: str | None, dtype: str, task: str, trust_remote_code: bool, attention: str
+) -> Any:
+    settings = read_configuration(source, revision, task, trust_remote_code)
     try:
-        model, loaded = auto.from_pretrained(
-            source, revision=revision or "main", dtype=getattr(torch, dtype),
-            use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True,
+        model, loaded = AUTO[task].from_pretrained(
+            source, config=settings, revision=revision or "main", dtype=getattr(torch, dtype), use_safetensors=True,
+            trust_remote_code=trust_remote_code, output_loading_info=True, **attention_option(attention),
         )  # fmt: skip
     except SafetensorError as error:
         raise _damaged(source, error) from None
+    except ImportError as error:
+        raise needs_package(source, error) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{source}: no model can be loaded from it: {error}") from None
     if loaded["missing_keys"]:
@@ -109,6 +161,60 @@ def _read_checkpoint(source: str, revision: str | None, dtype: str, task: str, t
             f"is its task {task}?"
         )
     return model
+
+
+def attention_option(attention: str) -> dict[str, str]:
+    """What `compute.attention` says to transformers."""
+    return {} if attention == "auto" else {"attn_implementation": attention}
+
+
+def needs_package(source: str, error: ImportError) -> InputError:
+    """What is told of a model that asks for a package that is not installed, often one for its attention."""
+    reason = " ".join(str(error).split())
+    return InputError(
+        f"{source}: it asks for a package that is not installed ({reason}); install it, or, if it is for the "
+        "attention, choose another with compute.attention: sdpa (or eager)"
+    )
+
+
+def read_configuration(source: str, revision: str | None, task: str, trust_remote_code: bool) -> Any:
+    """A checkpoint's configuration.
+
+    Raises:
+        InputError: there is none, it needs code of its own that is not to be run, its weights are quantized, or it is
+            of an encoder-decoder, or of no model for the task.
+    """
+    try:
+        settings = transformers.AutoConfig.from_pretrained(
+            source, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # of many kinds, as a file contradicts itself
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{source}: the model is defined by code that comes with it (auto_map in config.json); read that code, "
+                "then set compute.trust_remote_code: true to run it"
+            ) from None
+        raise InputError(
+            f"{source}: no configuration of a model can be read here ({' '.join(str(error).split())}); "
+            "give a folder with its config.json"
+        ) from None
+    if (quantized := getattr(settings, "quantization_config", None)) is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+        name = getattr(method, "value", method)
+        raise InputError(
+            f"{source}: its weights are quantized ({name}), and influence is computed with whole ones; name the "
+            "checkpoint that it was made from, or save it dequantized"
+        )
+    if settings.is_encoder_decoder:
+        raise InputError(
+            f"{source}: {settings.model_type} is an encoder-decoder; msif takes decoders, which continue a text, and "
+            "classifiers that are one stack of layers"
+        )
+    mapped = type(settings) in AUTO[task]._model_mapping
+    if not mapped and not (trust_remote_code and hasattr(settings, "auto_map")):
+        kind = "causal language model" if task == "causal_lm" else "sequence classifier"
+        raise InputError(f"{source}: transformers has no {kind} of type {settings.model_type!r}; is its task {task}?")
+    return settings
 
 
 def _damaged(source: str, error: SafetensorError) -> InputError:

@@ -16,6 +16,7 @@ from torch import nn
 
 from msif_core import footprint, probe, records, storage
 from msif_core.config import Config, HubDataset, Stage
+from msif_core.coverage import coverage_of
 from msif_core.curvature.fit import partitions, statistics
 from msif_core.dealing import shard_count
 from msif_core.devices import Rates, rates
@@ -24,7 +25,7 @@ from msif_core.index import cells, kind_for
 from msif_core.meta_models import meta_model, window
 from msif_core.probe import PassTime
 from msif_core.scoring import COPIES, query_groups
-from msif_core.tracking import TrackedMap, tracked_maps
+from msif_core.tracking import TrackedMap, text_config, tracked_maps
 from msif_core.work import Work
 from msif_core.workspace import Workspace
 
@@ -46,7 +47,10 @@ SHRUNK = 3.5
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage's size; `assumed` says what of its corpus is not known yet, empty where it is tokenized."""
+    """A stage's size.
+
+    `assumed` says what of its corpus is not known yet, empty where it is tokenized; `coverage` what is tracked.
+    """
 
     name: str
     parameters: int
@@ -61,6 +65,7 @@ class StagePlan:
     partial_bytes: int
     model_bytes: int
     assumed: str
+    coverage: str
 
 
 @dataclass(frozen=True)
@@ -165,8 +170,8 @@ def make_plan(
 def _measured(config: Config, planned: _Planned, speed: Rates) -> _Planned:
     """With times of its passes, where a small model of its widths runs in a moment."""
     work, tokens = planned.work, round(planned.work.tokens)
-    depth = getattr(work.model.config, "num_hidden_layers", 0)
-    if depth < 1:
+    depth = getattr(text_config(work.model), "num_hidden_layers", 0)
+    if not probe.uniform(work.maps, depth):
         return planned
     operations = (work.passes([work.maps]) + work.rotation() + work.gradients()) / depth
     entries = (work.covariance_entries + work.tracked) // depth
@@ -179,6 +184,7 @@ def _measured(config: Config, planned: _Planned, speed: Rates) -> _Planned:
 def stage_plan(config: Config, stage: Stage, model: nn.Module, maps: list[TrackedMap], given: int | None) -> StagePlan:
     """Size of one stage's model, corpus and factors."""
     tracked, total = sum(m.size for m in maps), sum(p.numel() for p in model.parameters())
+    coverage = coverage_of(model, maps)
     longest = window(config, stage.name, model) or 1024
     count, tokens, shards, assumed = corpus_size(config, stage, longest, given)
     inputs = {m.input_group: m.d_in for m in maps}
@@ -199,6 +205,7 @@ def stage_plan(config: Config, stage: Stage, model: nn.Module, maps: list[Tracke
         partial_bytes=parts * (covariances + tracked) * width,
         model_bytes=total * getattr(torch, config.compute.dtype).itemsize,
         assumed=assumed,
+        coverage=coverage.told(),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import shutil
 import statistics
 import time
@@ -62,6 +63,15 @@ def affordable(operations: float, entries: int, rate: float) -> bool:
     return 20 * operations / rate < LONGEST and 16 * entries < SHARE_OF_MEMORY * memory
 
 
+def uniform(maps: list[tracking.TrackedMap], layers: int) -> bool:
+    """Whether the maps are those of `layers` layers that are alike, so that one and two of them tell of all."""
+    found: dict[str, list[tuple[int, str, tuple[int, int, int]]]] = {}
+    for m in maps:
+        for number in re.findall(r"\.(\d+)\.", m.name)[:1]:
+            found.setdefault(number, []).append((m.cuts, m.name.replace(f".{number}.", ".", 1), m.shape))
+    return len(found) == layers > 0 and len({tuple(own) for own in found.values()}) == 1
+
+
 def measure(
     config: Config, stage: Stage, model: Any, tokens: int, device: str, share: float = 1.0
 ) -> dict[str, PassTime]:
@@ -80,7 +90,7 @@ def measure(
                 runs[folder] = _passes(config, stage, small, _data(small, stage, count, tokens), folder, share)
         names = list(runs[of[1, 1]])
         found = {name: _median_seconds({f: own[name] for f, own in runs.items()}, device) for name in names}
-    depth = int(model.config.num_hidden_layers)
+    depth = int(tracking.text_config(model).num_hidden_layers)
     result = {}
     for name, medians in found.items():
         took = {key: medians[folder] for key, folder in of.items()}
@@ -93,15 +103,16 @@ def measure(
 def _shallow(model: Any, layers: int) -> nn.Module:
     """The same architecture with that many layers, weights random."""
     settings = copy.deepcopy(model.config)
-    settings.num_hidden_layers = layers
-    if getattr(settings, "layer_types", None):
-        settings.layer_types = settings.layer_types[:layers]
+    of_text = settings.get_text_config(decoder=True)
+    of_text.num_hidden_layers = layers
+    if getattr(of_text, "layer_types", None):
+        of_text.layer_types = of_text.layer_types[:layers]
     return models.freeze(type(model)(settings))
 
 
 def _data(model: Any, stage: Stage, count: int, tokens: int) -> Sequences:
     """Random tokens; every one is a target, or the first is a label."""
-    ids = np.random.default_rng(0).integers(1, model.config.vocab_size, (count, tokens)).astype(np.int32)
+    ids = np.random.default_rng(0).integers(1, tracking.text_config(model).vocab_size, (count, tokens)).astype(np.int32)
     labels = ids % 2 if stage.task == "classification" else ids
     marks = [sequence_fingerprint(i, x) for i, x in zip(ids, labels, strict=True)]
     return Sequences(list(ids), list(labels), marks, [str(i) for i in range(count)], np.arange(count))

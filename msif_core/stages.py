@@ -80,6 +80,7 @@ class Stages:
             trust_remote_code=self.config.compute.trust_remote_code,
             adapter=settings.adapter,
             tf32=self.config.compute.tf32,
+            attention=self.config.compute.attention,
         )
 
     def tokenizer(self, stage: str) -> Any:

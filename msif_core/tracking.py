@@ -28,10 +28,11 @@ WIDEST_BLOCK = 4096
 """`curvature.block_size` of a tracked head, where none is set."""
 
 
-class Blocks(NamedTuple):
-    """Output rows of a map that lie as [dealt, groups, rows of a block / dealt]."""
+@dataclass(frozen=True)
+class Blocks:
+    """Output rows of a map that lie as [dealt, count, rows of a block / dealt]."""
 
-    groups: int
+    count: int
     dealt: int = 1
 
 
@@ -217,7 +218,7 @@ def _linear(
     weight = module.weight
     d_in, d_out = weight.shape if isinstance(module, Conv1D) else reversed(weight.shape)
     blocks = WHOLE if is_head else _blocks(model, name, int(d_out), settings.qkv_split)
-    cuts = _cuts(int(d_out) // blocks.groups, settings.block_size or (WIDEST_BLOCK if is_head else int(d_out)))
+    cuts = _cuts(int(d_out) // blocks.count, settings.block_size or (WIDEST_BLOCK if is_head else int(d_out)))
     has_bias = module.bias is not None
     layouts = {TOKENS} if calls is None else {calls[place].layout for place in (name, *also)}
     return TrackedMap(
@@ -225,7 +226,7 @@ def _linear(
         int(d_in) + has_bias,
         int(d_out),
         has_bias,
-        blocks.groups,
+        blocks.count,
         blocks.dealt,
         _input_group(model, name, has_bias, calls),
         cuts,
@@ -283,6 +284,12 @@ def _blocks(model: Any, name: str, d_out: int, split: str) -> Blocks:
         width = getattr(config, "head_dim", None) or config.hidden_size // getattr(config, "num_attention_heads", 1)
         return Blocks(d_out // width) if d_out % width == 0 else WHOLE
     return fused(config) if fused is not None else WHOLE
+
+
+def in_unknown_order(maps: list[TrackedMap], split: str) -> list[str]:
+    """Names of fused query-key-value maps that are one block as the order of their rows is not known."""
+    fused = (m.name for m in maps if m.groups == 1 and m.name.rpartition(".")[2] in FUSED_NAMES)
+    return [] if split == "none" else list(fused)
 
 
 def _cuts(rows: int, widest: int) -> int:

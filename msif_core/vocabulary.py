@@ -7,14 +7,15 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from msif_core import corpus
+from msif_core import corpus, tracking
 from msif_core.batching import Sequences
 from msif_core.errors import InputError
 
 
 def sizes(model: Any, task: str) -> tuple[int, int]:
     """How many tokens a model reads, and how many labels it gives a probability to."""
-    tokens = int(model.get_input_embeddings().weight.shape[0])
+    embedding = tracking.input_embedding(model)
+    tokens = int(tracking.text_config(model).vocab_size if embedding is None else embedding.weight.shape[0])
     return tokens, int(model.config.num_labels) if task == "classification" else tokens
 
 

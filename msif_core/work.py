@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from msif_core.tracking import TrackedMap
+from msif_core import experts
+from msif_core.tracking import TrackedMap, text_config
 
 EIGH_FLOPS = 9.0
 """Operations of a symmetric eigendecomposition with vectors, divided by n^3."""
@@ -45,10 +45,20 @@ class Work:
         return sum(d * d for d in self.inputs) + sum(m.s_entries for m in self.maps)
 
     @property
-    def weights(self) -> dict[str, int]:
-        """Entries of every linear map, tracked or not (the head too), in the model's order."""
-        modules = self.model.named_modules()
-        return {name: m.weight.numel() for name, m in modules if isinstance(m, nn.Linear | Conv1D)}
+    def weights(self) -> dict[str, float]:
+        """Entries of every linear map that a token meets, tracked or not (the head too), in the model's order.
+
+        Those of an expert count for the share of the tokens that reach it.
+        """
+        found: dict[str, float] = {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                found[name] = module.weight.numel()
+            for stack in experts.stacks_of(module):
+                share = experts.routed_share(text_config(self.model), stack.count)
+                each = {f"{name}.{stack.parameter}.{e}": share * stack.d_in * stack.d_out for e in range(stack.count)}
+                found |= each
+        return found
 
     def linear(self) -> float:
         """Forward and activation backward of all linear maps: 4 N T."""
@@ -59,7 +69,7 @@ class Work:
 
         Attention's products of tokens with tokens are counted too, and taken to be spread as the weights are.
         """
-        config = cast(Any, self.model.config)
+        config = text_config(self.model)
         entries = sum(self.weights.values())
         attention = 4.0 * config.num_hidden_layers * config.hidden_size * self.tokens**2
         operations = 0.0
@@ -68,7 +78,7 @@ class Work:
             operations += 2.0 * entries * self.tokens * (1 + share) + attention * (1 + 2 * share)
         return operations
 
-    def _crossed(self, maps: list[TrackedMap]) -> int:
+    def _crossed(self, maps: list[TrackedMap]) -> float:
         """Entries of the maps that a backward down to the first of `maps` multiplies by: not those of its input."""
         inputs = {m.name: m.input_group for m in maps}
         reached = list(itertools.dropwhile(lambda name: name not in inputs, self.weights))
@@ -76,15 +86,18 @@ class Work:
 
     def covariance(self) -> float:
         """Sums of a a^T and d d^T."""
-        return 2.0 * self.tokens * self.covariance_entries
+        inputs = {m.input_group: m.routed * m.d_in**2 for m in self.maps}
+        return 2.0 * self.tokens * (sum(inputs.values()) + sum(m.routed * m.s_entries for m in self.maps))
 
     def gradients(self, share: float = 1.0) -> float:
         """Per-sequence gradients, or that share of their coordinates, formed from the tokens."""
-        return 2.0 * share * self.tokens * self.tracked
+        return 2.0 * share * self.tokens * sum(m.routed * m.size for m in self.maps)
 
     def rotation(self, share: float = 1.0) -> float:
         """Into the eigenbasis, or that share of it: of tokens or gradients, whichever is cheaper, as the code does."""
-        whole = sum(min(self.tokens * (m.d_in**2 + m.s_entries), m.size * (m.pieces[1] + m.d_in)) for m in self.maps)
+        whole = sum(
+            min(m.routed * self.tokens * (m.d_in**2 + m.s_entries), m.size * (m.pieces[1] + m.d_in)) for m in self.maps
+        )
         return 2.0 * share * whole
 
     def eigenbases(self) -> float:

@@ -29,12 +29,20 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(
         **SMALL, intermediate_size=12, num_key_value_heads=1, max_position_embeddings=32
     ),
+    "opt": lambda: transformers.OPTConfig(
+        vocab_size=VOCAB, hidden_size=8, num_hidden_layers=2, ffn_dim=12, num_attention_heads=2, word_embed_proj_dim=8,
+        max_position_embeddings=32, dropout=0,
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(
+        **SMALL, intermediate_size=12, num_key_value_heads=1, max_position_embeddings=32, num_local_experts=4,
+        num_experts_per_tok=2,
+    ),
     "bert": lambda: transformers.BertConfig(
         **SMALL, intermediate_size=12, max_position_embeddings=32, num_labels=3,
         hidden_dropout_prob=0, attention_probs_dropout_prob=0,
     ),
 }  # fmt: skip
-DECODERS = ["gpt_neox", "gpt2", "bloom", "llama"]
+DECODERS = ["gpt_neox", "gpt2", "bloom", "llama", "opt", "mixtral"]
 ARCHITECTURES = [*DECODERS, "bert"]
 
 

@@ -7,14 +7,10 @@ import sys
 from pathlib import Path
 
 CODE = """
-import importlib, importlib.abc, sys
+import importlib, sys
 
-class Absent(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"pydantic", "prefect", "duckdb", "faiss", "rich", "typer", "bm25s", "matplotlib"}:
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Absent())
+for name in ("pydantic", "prefect", "duckdb", "faiss", "rich", "typer", "bm25s", "matplotlib"):
+    sys.modules[name] = None  # as Python keeps a package that it did not find
 for name in ("capture", "curvature.steps", "curvature.filters", "chain", "sketch", "scoring"):
     importlib.import_module(f"msif_core.{name}")
 for name in ("floor", "gpu_report", "peers.__main__", "peers.msif_side", "peers.loop_side"):

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers.pytorch_utils import Conv1D
 
 from msif_core.batching import IGNORED, Batch, Sequences, batches
 from msif_core.capture import capture, counted_positions
@@ -18,8 +17,10 @@ from msif_core.errors import InputError
 from msif_core.forward import forward
 from msif_core.losses import target_loss
 from msif_core.models import freeze
+from msif_core.rows import Rows
 from msif_core.scoring import query_gradients
 from msif_core.tracking import TrackedMap, tracked_maps
+from tests import weights
 from tests.conftest import VOCAB, make_model, make_sequences, task_of, tolerance
 
 ROOMY = 10_000
@@ -32,17 +33,13 @@ def only(sequences: Sequences) -> Batch:
 
 def weight_gradient(model: Any, m: TrackedMap, batch: Batch, task: str) -> torch.Tensor:
     """Autograd's gradient of the summed loss by the map's weight and bias, as [G, b, d_in]."""
-    module = model.get_submodule(m.name)
-    parameters = [p for p in (module.weight, module.bias) if p is not None]
+    parameters = [model.get_parameter(name) for name in weights.names_of(model, m)]
     for p in parameters:
         p.requires_grad_(True)
     gradients = torch.autograd.grad(target_loss(task)(forward(model, batch), batch), parameters)
     for p in parameters:
         p.requires_grad_(False)
-    weight = gradients[0].mT if isinstance(module, Conv1D) else gradients[0]
-    full = torch.cat([weight, gradients[1][:, None]], dim=1) if m.bias else weight
-    order = m.blocks(torch.arange(m.d_out)).flatten()
-    return full[order].reshape(m.shape)
+    return weights.of_map(model, m, list(gradients))
 
 
 @pytest.mark.parametrize("split", ["none", "projection", "head"])
@@ -70,14 +67,16 @@ def test_the_backward_ends_at_the_first_map_of_a_sweep(architecture: str, small_
             lambda _module, args, _output, name=m.name: graphs.__setitem__(name, args[0].requires_grad)
         )
         for m in maps
+        if m.expert is None
     ]
     alone = query_gradients(model, later, sequences, ROOMY, task=task)
     for hook in hooks:
         hook.remove()
     for m in later:
         assert torch.equal(alone[m.name], together[m.name])
-    assert not any(graphs[m.name] for m in maps if m not in later or m.input_group == later[0].input_group)
-    assert graphs[later[-1].name]
+    first = [m.name for m in maps if m not in later or m.input_group == later[0].input_group]
+    assert not any(graphs[name] for name in first if name in graphs)
+    assert graphs[[m.name for m in later if m.name in graphs][-1]]
 
 
 def test_a_module_may_write_into_a_maps_output() -> None:
@@ -159,7 +158,8 @@ def test_bf16_is_close(decoder: str) -> None:
     a = torch.cat([exact[m.name].flatten() for m in maps])
     b = torch.cat([rough[m.name].flatten() for m in maps]).double()
     assert rough[maps[0].name].dtype == torch.float32
-    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.995
+    # A token on the border between two experts may go to the other one.
+    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > (0.99 if decoder == "mixtral" else 0.995)
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neox", "bloom", "gpt2"])
@@ -237,14 +237,15 @@ def test_labels_are_shifted(decoder: str, small_models: dict[str, Any]) -> None:
     batch = only(sequences)
     log_p = forward(model, batch).logits.log_softmax(-1)
     torch.testing.assert_close(target_loss("causal_lm")(forward(model, batch), batch), -log_p[0, 3, labels[4]])
-    seen = {}
-    capture(model, maps, batch, target_loss("causal_lm"), lambda m, rows: seen.update({m.name: (rows.a, rows.d)}))
-    for a, d in seen.values():
-        assert (d[0, 4:] == 0).all()
-        assert (a[0, 4:] == 0).all()
-        assert a[0, 3].abs().sum() > 0
-    last = seen[maps[-1].name][1]
-    assert last[0, 3].abs().sum() > 0
+    seen: dict[str, Rows] = {}
+    capture(model, maps, batch, target_loss("causal_lm"), lambda m, rows: seen.update({m.name: rows}))
+    for rows in seen.values():
+        late = rows.tokens[0] > 3
+        assert (rows.d[0, late] == 0).all()
+        assert (rows.a[0, late] == 0).all()
+    whole = [m.name for m in maps if m.expert is None]
+    assert all(seen[name].a[0, 3].abs().sum() > 0 for name in whole)
+    assert seen[whole[-1]].d[0, 3].abs().sum() > 0
 
 
 def test_prompts_count_and_padding_does_not(decoder: str, small_models: dict[str, Any]) -> None:

@@ -7,13 +7,16 @@ import inspect
 import re
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import yaml
+from prefect.client.schemas.objects import FlowRun
 from typer.testing import CliRunner
 
 from flows import cli
 from flows.attribute import gather, typed, with_retrieval
+from flows.rebuild_index import covers
 from flows.serve import alone, check_cron, deployments
 from flows.show_settings import markdown
 from msif_core.config import Config, Query
@@ -88,6 +91,18 @@ def test_a_parameter_is_a_path_or_a_configuration() -> None:
         assert fit_ekfac.validate_parameters({"config": given})["config"] == Config.load(CONFIG)
     with pytest.raises(Exception, match=r"nowhere\.yaml: no such configuration file"):
         fit_ekfac.validate_parameters({"config": "nowhere.yaml"})
+
+
+def test_a_rebuild_stands_in_for_those_that_ask_for_no_more() -> None:
+    def run(**parameters: Any) -> FlowRun:
+        return FlowRun(flow_id=uuid4(), parameters={"config": "c.yaml", **parameters})
+
+    plain, refit = run(), run(refit=True)
+    assert covers(plain, run(refit=False))
+    assert covers(refit, plain)
+    assert covers(refit, refit)
+    assert not covers(plain, refit)
+    assert not covers(plain, run(config="other.yaml"))
 
 
 def test_queries_are_typed_or_a_file() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 BIN = Path(sys.executable).parent
@@ -62,13 +63,14 @@ class Api:
     def __call__(self, path: str, body: Any = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = Request(f"{self.url}/api{path}", data=data, headers={"content-type": "application/json"})
-        for patience in (30, 60, None):  # a server on SQLite answers late while several processes write
+        for patience in (30, 60, None):  # a server on SQLite answers late, or 503, while several write
             try:
                 with urlopen(request, timeout=patience or 120) as answer:
                     return json.loads(answer.read() or b"null")
-            except TimeoutError:
-                if patience is None:
+            except (TimeoutError, HTTPError) as error:
+                if patience is None or (isinstance(error, HTTPError) and error.code != 503):
                     raise
+                time.sleep(1)
 
     def runs(self, flow: str) -> list[dict[str, Any]]:
         """Runs of a flow, oldest first."""

@@ -12,7 +12,7 @@ import pytest
 from msif_core import storage
 from msif_core.pipeline import Pipeline
 from tests.e2e.browser import Page, button, chromium
-from tests.e2e.serving import Api, process, wait_for
+from tests.e2e.serving import TERMINAL, Api, process, wait_for
 from tests.tiny_project import write_project
 
 
@@ -75,7 +75,7 @@ def test_deployments_are_forms_with_limits_and_triggers(api: Api, config: Path) 
         assert "msif" in deployment["tags"]
         assert deployment["concurrency_options"] is not None
     rebuild = found["workspace:rebuild_index"]
-    assert rebuild["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
+    assert rebuild["concurrency_options"]["collision_strategy"] == "ENQUEUE"
     assert [s["schedule"]["cron"] for s in rebuild["schedules"]] == ["0 3 * * *"]
     automations = {a["name"]: a for a in api("/automations/filter", {})}
     assert set(automations) == {"msif zombies", "re-index workspace"}
@@ -150,3 +150,15 @@ def test_an_event_re_indexes_and_leaves_a_summary(api: Api, page: Page, config: 
     page.wait_text(f"Generation {current}")
     page.wait_text("recall@10")
     page.screenshot(screenshots / "6-rebuild.png")
+
+
+def test_of_rebuilds_that_wait_one_does_the_work_of_all(api: Api) -> None:
+    [rebuild] = [d for d in api("/deployments/filter", {}) if d["entrypoint"].endswith(".rebuild_index")]
+    before = sum(run["state_type"] in TERMINAL for run in api.runs("rebuild-index"))
+    asked = {api(f"/deployments/{rebuild['id']}/create_flow_run", {})["id"] for _ in range(3)}
+    finished = [run for run in api.finished("rebuild-index", before + 3) if run["id"] in asked]
+    assert sorted(run["state_type"] for run in finished) == ["CANCELLED", "CANCELLED", "COMPLETED"]
+    [done] = [run for run in finished if run["state_type"] == "COMPLETED"]
+    stood_in = {run["state"]["message"] for run in finished if run is not done}
+    assert stood_in == {f"{done['name']} began after this was asked for, and does its work"}
+    assert [run for run in api.runs("rebuild-index") if run["state_type"] == "SCHEDULED"], "the schedule's later ones"

@@ -3,6 +3,7 @@
 import torch
 
 from msif_core.batching import IGNORED
+from tests import weights
 
 
 def sequence_loss(model, ids, labels, task):
@@ -25,11 +26,8 @@ def gradients(model, maps, ids, labels, task):
     sequence_loss(model, ids, labels, task).backward()
     found = {}
     for m in maps:
-        module = model.get_submodule(m.name)
-        G = module.weight.grad if type(module).__name__ == "Linear" else module.weight.grad.T
-        if m.bias:
-            G = torch.cat([G, module.bias.grad[:, None]], dim=1)
-        found[m.name] = G[m.blocks(torch.arange(m.d_out)).flatten()].reshape(m.shape).clone()
+        own = [model.get_parameter(name).grad for name in weights.names_of(model, m)]
+        found[m.name] = weights.of_map(model, m, own).clone() if own[0] is not None else torch.zeros(m.shape).double()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None
@@ -45,10 +43,13 @@ def matrix(factors):
     return torch.stack(blocks)
 
 
-def damped_solve(H, V, damping):
-    """(H + damping mean(eigenvalues) I)^-1 V by a dense solve, and the damping used; V [Q, G, b, d_in]."""
+def damped_solve(H, V, damping, mean=None):
+    """(H + damping mean I)^-1 V by a dense solve, and the damping used; V [Q, G, b, d_in].
+
+    The mean eigenvalue is that of each block, or the one given.
+    """
     flat = V.flatten(2)
-    level = damping * H.diagonal(dim1=-2, dim2=-1).mean(-1)
+    level = damping * (H.diagonal(dim1=-2, dim2=-1).mean(-1) if mean is None else mean.flatten())
     A = H + level[:, None, None] * torch.eye(H.shape[-1], dtype=H.dtype)
     solved = torch.linalg.solve(A, flat.permute(1, 2, 0)).permute(2, 0, 1)
     return solved.reshape(V.shape), level[None, :, None, None]

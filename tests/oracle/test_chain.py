@@ -14,10 +14,10 @@ from tests.conftest import make_model, make_sequences, task_of, tolerance
 from tests.oracle import dense
 
 
-def fit_factors(model, maps, folder, task, seed):
+def fit_factors(model, maps, folder, task, seed, count=12):
     """Factors of a model on sequences of its own."""
     job = Fit(model, maps, folder, task, seed, batch_tokens=64, budget_gb=1.0)
-    sequences = make_sequences(12, seed, task)
+    sequences = make_sequences(count, seed, task)
     job.covariances(0, sequences)
     job.eigenbases(0, 1, torch.device("cpu"))
     job.eigenvalues(0, sequences)
@@ -31,8 +31,9 @@ def dense_scores(queries, documents, maps, stages, attributed, skip=None):
     for m in maps:
         V = torch.stack([gradients[m.name] for gradients in queries])
         for k in range(len(stages) - 1, attributed - 1, -1):
+            own = stages[k][1][m.name]
             if k != skip:
-                solved, level = dense.damped_solve(dense.matrix(stages[k][1][m.name]), V, stages[k][2])
+                solved, level = dense.damped_solve(dense.matrix(own), V, stages[k][2], own.mean)
                 V = solved if k == attributed else level * solved
         total += V.flatten(1) @ torch.stack([gradients[m.name] for gradients in documents]).flatten(1).mT
     return total.numpy()

@@ -59,6 +59,8 @@ def test_sampled_eigenvalues_converge_to_the_dense_gauss_newton(architecture):
         mean = sums[m.name] / COPIES
         assert float(mean.sum()) == pytest.approx(float(expected[m.name].sum()), rel=0.06)
         large = expected[m.name] > expected[m.name].mean()
+        if not large.any():  # an expert that no token was routed to
+            continue
         torch.testing.assert_close(mean[large], expected[m.name][large], rtol=0.35, atol=0)
         assert float((mean[large] / expected[m.name][large]).mean()) == pytest.approx(1.0, abs=0.06)
 

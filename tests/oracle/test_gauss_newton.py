@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.autograd.functional import jacobian as jacobian_of
 from torch.func import functional_call
-from transformers.pytorch_utils import Conv1D
 
 from msif_core.batching import IGNORED, Sequences, batches
 from msif_core.capture import capture
@@ -20,6 +19,7 @@ from msif_core.curvature.gradients import RotatedGradients
 from msif_core.losses import target_loss
 from msif_core.rows import Rows
 from msif_core.tracking import TrackedMap, tracked_maps
+from tests import weights
 from tests.conftest import make_model, make_sequences, task_of
 
 
@@ -39,23 +39,16 @@ def probabilities(model: Any, sequences: Sequences, task: str) -> torch.Tensor:
 
 def dense_gauss_newton(model: Any, m: TrackedMap, sequences: Sequences, task: str) -> torch.Tensor:
     """sum_t J_t^T (diag p - p p^T) J_t with J the Jacobian of the logits by the map's weight: [G, b d_in, b d_in]."""
-    module = model.get_submodule(m.name)
     ids = torch.from_numpy(sequences.input_ids[0].astype(np.int64))[None]
     rows = [t - 1 for t in positions_of(sequences, task)]
-    order = m.blocks(torch.arange(m.d_out)).flatten()
 
     def logits(weight: torch.Tensor) -> torch.Tensor:  # weight [d_out, d_in], rows in the blocks' order
-        plain = torch.empty_like(weight).index_copy(0, order, weight)
-        matrix = plain[:, : m.d_in - m.bias]
-        replaced = {f"{m.name}.weight": matrix.mT if isinstance(module, Conv1D) else matrix}
-        if m.bias:
-            replaced[f"{m.name}.bias"] = plain[:, -1]
-        found = functional_call(model, replaced, kwargs={"input_ids": ids}).logits
+        found = functional_call(model, weights.put(model, m, weight), kwargs={"input_ids": ids}).logits
         return found if task == "classification" else found[0, rows]
 
-    weight = module.weight.mT if isinstance(module, Conv1D) else module.weight
-    full = torch.cat([weight, module.bias[:, None]], dim=1) if m.bias else weight
-    jacobian = jacobian_of(logits, full[order].clone())  # [P, classes, d_out, d_in]
+    own = [model.get_parameter(name) for name in weights.names_of(model, m)]
+    full = weights.of_map(model, m, own).reshape(m.d_out, m.d_in)
+    jacobian = jacobian_of(logits, full.clone())  # [P, classes, d_out, d_in]
     jacobian = jacobian.reshape(*jacobian.shape[:2], m.groups, -1).permute(2, 0, 1, 3)
     p = probabilities(model, sequences, task)
     middle = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
@@ -102,7 +95,7 @@ def test_lambda_is_the_diagonal_of_the_dense_gauss_newton(architecture: str, spl
     sequences = make_sequences(1, task=task, lengths=(6, 7))
     factors = fitted_bases(model, maps, task)
     found = enumerated_eigenvalues(model, maps, factors, sequences, task)
-    single = architecture in ("bloom", "llama")  # softmax and RMSNorm are in float32 in the model's own code
+    single = architecture in ("bloom", "llama", "mixtral")  # softmax and RMSNorm are in float32 in the model's own code
     for m in maps[: len(maps) // 2 + 1] + maps[-1:]:
         dense = dense_gauss_newton(model, m, sequences, task)
         for g in range(m.groups):
