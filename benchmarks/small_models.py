@@ -114,16 +114,20 @@ def causal_classes() -> list[tuple[type, type]]:
     return sorted(set(found), key=lambda pair: pair[0].model_type)
 
 
-def default_model(config: type) -> nn.Module:
-    """The model of the default configuration, without weights."""
+def default_config(config: type) -> Any:
+    """The default configuration, or as near to it as transformers makes a model of."""
+    return config(**DEFAULTS.get(config.model_type, {}))
+
+
+def without_weights(config: Any) -> nn.Module:
+    """The model of a configuration, without weights."""
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config(**DEFAULTS.get(config.model_type, {})))
+        return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def small_config(config: type) -> Any:
     """The default configuration with every size cut."""
-    given = DEFAULTS.get(config.model_type, {})
-    return config(**_cut(config(**given).to_dict()))
+    return config(**_cut(default_config(config).to_dict()))
 
 
 def small_model(config: type, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
