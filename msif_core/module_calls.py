@@ -117,7 +117,7 @@ def run(model: Any, count: int, length: int) -> dict[str, list[tuple[torch.Size,
     training = model.training
     model.eval()  # as passes are
     try:
-        with torch.no_grad(), _Answers(), meta.patch(meta_nonzero_assume_all_nonzero=True):
+        with torch.no_grad(), _Answers(), meta.patch(meta_nonzero_assume_all_nonzero=True):  # type: ignore[attr-defined]
             forward(model, batch)
     finally:
         model.train(training)
