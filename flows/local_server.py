@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
+from urllib.parse import quote
 from urllib.request import ProxyHandler, build_opener
 
 from flows import PREFECT_DEFAULTS
@@ -85,7 +86,9 @@ def _environment(folder: Path, url: str) -> dict[str, str]:
     """This process's, without the user's settings of Prefect: they are for other servers (login, path, database)."""
     kept = {key: value for key, value in os.environ.items() if not key.upper().startswith("PREFECT_")}
     ours = {key: os.environ.get(key, value) for key, value in PREFECT_DEFAULTS.items()}
-    return {**kept, **ours, "PREFECT_API_URL": url, "PREFECT_HOME": str(folder)}
+    database = f"sqlite+aiosqlite:///file:{quote(str(folder / 'prefect.db'))}?uri=true"  # whatever is in its name
+    own = {"PREFECT_API_URL": url, "PREFECT_HOME": str(folder), "PREFECT_API_DATABASE_CONNECTION_URL": database}
+    return kept | ours | own
 
 
 def _free_port() -> int:

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from msif_core.plan import Plan
+from msif_core.plan import Plan, StagePlan
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -12,6 +12,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     lines = {
         "parameters": [_count(s.parameters) for s in plan.stages],
         "tracked": [f"{_count(s.tracked)} in {s.maps} maps ({s.tracked / s.parameters:.0%})" for s in plan.stages],
+        "window": [_window(s) for s in plan.stages],
         "sequences": [f"{s.sequences:,}" for s in plan.stages],
         "tokens": [_count(s.tokens) for s in plan.stages],
         "weights": [_bytes(s.model_bytes) for s in plan.stages],
@@ -39,6 +40,12 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(f"Stage {stage.name}: {stage.coverage}.")
         if stage.assumed:
             console.print(f"Stage {stage.name}: {stage.assumed}.")
+
+
+def _window(stage: StagePlan) -> str:
+    """Tokens of the longest document window, and of the model's context where that is longer."""
+    more = f" of the {stage.positions:,} that it reads" if stage.positions and stage.positions > stage.window else ""
+    return f"{stage.window:,} tokens{more}"
 
 
 def _headings(devices: int) -> list[str]:

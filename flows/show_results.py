@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from flows.changes import what_changed
+from flows.plain_console import PlainConsole
 from msif_core import storage
 from msif_core.attribution import Attribution
 from msif_core.config import Config
@@ -17,44 +16,51 @@ from msif_core.generations import withheld
 from msif_core.pipeline import Pipeline
 from msif_core.report.page import on_one_line
 from msif_core.workspace import Workspace
+from tasks.summary import tokens
 
 
-def print_attribution(folder: Path, console: Console, top: int) -> None:
+def print_attribution(folder: Path, console: PlainConsole, top: int) -> None:
     """A ranked table for each query."""
     attribution = Attribution.open(folder)
     texts = attribution.documents
     rows = attribution.table.to_pylist()
     for query in attribution.queries.to_pylist():
         title = f"{on_one_line(query['prompt']) or query['query_id']}  →  {query['completion']}"
-        table = Table("rank", "score", "pct", "document", "text", title=escape(title))
+        table = Table("rank", "score", "pct", "document", "text", title=title)
         for row in rows:
             if row["query_id"] == query["query_id"] and row["side"] == "proponent" and row["rank"] <= top:
                 text = texts[row["document_id"]].text
                 shown = (f"{row['score']:.4g}", f"{row['percentile']:.1f}", row["document_id"], text[:70])
-                table.add_row(str(row["rank"]), *map(escape, shown))
+                table.add_row(str(row["rank"]), *shown)
         console.print(table)
-    console.print(f"Stored: {escape(str(folder))}")
-    console.print(f"Page:   {escape(str(folder / 'page.html'))}")
+    console.print(f"Stored: {folder}")
+    console.print(f"Page:   {folder / 'page.html'}")
 
 
-def print_coverage(config: Config, console: Console) -> None:
+def print_coverage(config: Config, console: PlainConsole) -> None:
     """What is tracked of each stage's model, and what a user should know of it."""
     pipeline = Pipeline(config)
     for stage in (stage.name for stage in config.stages):
         coverage = coverage_of(pipeline.structure(stage), pipeline.maps(stage))
         if coverage.share >= LOW:
-            console.print(escape(f"Stage {stage}: {coverage.told()}."))
+            console.print(f"Stage {stage}: {coverage.told()}.")
         for remark in pipeline.remarks(stage):
-            console.print(escape(f"Warning: {remark}."), style="yellow")
+            console.print(f"Warning: {remark}.", style="yellow")
 
 
-def print_change(config: Config, before: dict[str, Any] | None, built: Path, console: Console) -> None:
+def print_change(config: Config, before: dict[str, Any] | None, built: Path, console: PlainConsole) -> None:
     """What a build did, and why."""
     change = what_changed(before, storage.read_json(built / "manifest.json"), withheld(built, config.index))
     console.print(change[0].upper() + change[1:])
 
 
-def print_recall(config: Config, console: Console) -> None:
+def print_encoding(built: Path, console: PlainConsole) -> None:
+    """The windows of each stage, and what of its documents its tokenizer does not know."""
+    for stage, found in storage.read_json(built / "manifest.json").get("tokens", {}).items():
+        console.print(f"Tokens of {stage}: {tokens(found)}")
+
+
+def print_recall(config: Config, console: PlainConsole) -> None:
     """Measured recall of the published generation."""
     manifest = storage.read_json(Workspace(config.workspace.resolve()).current_generation() / "manifest.json")
     recall = manifest["recall"]
@@ -66,7 +72,7 @@ def print_recall(config: Config, console: Console) -> None:
         )
 
 
-def print_retraining(result: dict[str, Any], console: Console) -> None:
+def print_retraining(result: dict[str, Any], console: PlainConsole) -> None:
     """Every method against retraining, one row a method."""
     title = f"Against retraining on {result['subsets']} subsets, {result['repeats']} of them with two seeds"
     metrics = {(m["method"], m["metric"], m["queries"]): m for m in result["metrics"]}
@@ -94,7 +100,7 @@ def _signed(value: float | None, error: float | None) -> str:
     return f"{value:+.3f}" if error is None else f"{value:+.3f} ± {error:.3f}"
 
 
-def print_comparison(result: dict[str, Any], console: Console) -> None:
+def print_comparison(result: dict[str, Any], console: PlainConsole) -> None:
     """Fact tracing and tail-patch, one row a method."""
     title = f"{result['queries']} questions with a known source document"
     table = Table(

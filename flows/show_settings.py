@@ -7,7 +7,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from msif_core.config import Config, Settings, models_in
+from msif_core.config import Config, Settings
+from msif_core.config_problems import models_in
 
 HEAD = """# Settings
 

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
 
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.logging.handlers import PrefectConsoleHandler
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from flows.plain_console import PlainConsole
 from msif_core.errors import InputError
 from tasks.progress import listening
 
@@ -22,35 +23,39 @@ EVERY = 10.0
 def quiet_log() -> Iterator[None]:
     """Prefect's log on the terminal from warnings on, without the user's own mistakes; the UI keeps all of it.
 
-    A mistake (`InputError`) is told once, by the command line, when it ends.
+    A mistake (`InputError`), or a server that fails, is told once, by the command line, when it ends.
     """
     loggers = [logging.getLogger(), *map(logging.getLogger, logging.Logger.manager.loggerDict)]
     handlers = {h for logger in loggers for h in logger.handlers if isinstance(h, PrefectConsoleHandler)}
-    levels = {handler: handler.level for handler in handlers}
+    before = {handler: (handler.level, handler.console) for handler in handlers}
     for handler in handlers:
+        handler.console = PlainConsole(file=handler.stream)  # Prefect's own draws emoji codes
         handler.setLevel(logging.WARNING)
         handler.addFilter(_told_elsewhere)
     try:
         yield
     finally:
-        for handler, level in levels.items():
+        for handler, (level, console) in before.items():
+            handler.console = console
             handler.setLevel(level)
             handler.removeFilter(_told_elsewhere)
 
 
 def _told_elsewhere(record: logging.LogRecord) -> bool:
-    mistake = record.exc_info and isinstance(record.exc_info[1], InputError)
-    return not mistake and InputError.__name__ not in record.getMessage()
+    told = InputError, PrefectHTTPStatusError
+    mistake = record.exc_info and isinstance(record.exc_info[1], told)
+    silent = ("Failed to write result", *(error.__name__ for error in told))  # nobody reads Prefect's copy of a result
+    return not mistake and not any(words in record.getMessage() for words in silent)
 
 
 @contextmanager
-def steps_shown(console: Console) -> Iterator[None]:
+def steps_shown(console: PlainConsole) -> Iterator[None]:
     """Show the steps of the flows inside: name, done of total, elapsed and remaining time."""
     if not console.is_terminal:
         with listening(Lines(console)):
             yield
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Bars(*columns, TimeRemainingColumn(), console=console) as bars:
         known: dict[str, TaskID] = {}
 
@@ -66,7 +71,7 @@ def steps_shown(console: Console) -> Iterator[None]:
 class Lines:
     """A line when a step ends, and one every `EVERY` seconds before."""
 
-    def __init__(self, console: Console, every: float = EVERY) -> None:
+    def __init__(self, console: PlainConsole, every: float = EVERY) -> None:
         self.console = console
         self.every = every
         self.begun: dict[str, float] = {}

@@ -181,12 +181,16 @@ class Attribution:
         maps = {}
         for key, cells in rows.items():
             cells.sort(key=lambda cell: cell[0])
-            scores = np.asarray([score for _, _, score in cells], dtype=np.float32)
-            maps[key] = Heatmap([token for _, token, _ in cells], scores)
+            # A token that reads as nothing is part of the character that the one before it shows.
+            starts = [i for i, (_, token, _) in enumerate(cells) if token or not i]
+            scores = np.add.reduceat(np.asarray([score for _, _, score in cells], dtype=np.float32), starts)
+            maps[key] = Heatmap([cells[i][1] for i in starts], scores)
         return maps
 
     def heatmap(self, query: str, document: str, side: str = "document") -> Heatmap:
         """Token scores of a document's strongest sequence, or of the query's side of the same score.
+
+        The tokens of a character that takes several stand as one.
 
         Args:
             query: id of the query.

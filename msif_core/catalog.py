@@ -7,11 +7,13 @@ and locked, at any time. This module is the only place that opens DuckDB; its st
 from __future__ import annotations
 
 import json
-import os
+import re
+import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import duckdb
@@ -65,7 +67,7 @@ def publish(workspace: Path) -> Path:
 
     Returns the new file, catalog/catalog-<n>.duckdb. Readers of the file before are not disturbed.
     """
-    with _publishing:
+    with _publishing, storage.told(Path(workspace) / "catalog"):
         return _publish(Path(workspace).resolve())
 
 
@@ -73,16 +75,16 @@ def _publish(workspace: Path) -> Path:
     folder = workspace / "catalog"
     storage.make_folder(folder)
     target = _claim(folder)
-    temporary = folder / f".tmp-{os.getpid()}-{target.name}"
     try:
-        _build(workspace, temporary)
-        os.replace(temporary, target)
+        # DuckDB takes what follows a ? in a path for options of the file, so it writes where no folder's name has one.
+        with TemporaryDirectory(prefix="msif-catalog-") as elsewhere, storage.atomic_path(target) as temporary:
+            built = Path(elsewhere) / "catalog.duckdb"
+            with storage.told(built.parent):
+                _build(workspace, built)
+            shutil.copyfile(built, temporary)
     except BaseException:
         target.unlink(missing_ok=True)
         raise
-    finally:
-        for left in (temporary, temporary.with_name(temporary.name + ".wal")):
-            left.unlink(missing_ok=True)
     current = _current(folder)
     if current is None or _number(current) < _number(target):
         storage.write_text(folder / "CURRENT", target.name + "\n")
@@ -122,13 +124,16 @@ def _build(workspace: Path, path: Path) -> None:
         connection.execute("CREATE SCHEMA columns")
         connection.execute("CREATE SCHEMA stored")
         # Attributions of runs to come are found by a pattern; a corpus is that of the published generation.
-        found = {name: [workspace / p] for name, p in PARQUET.items() if next(workspace.glob(p), None) is not None}
-        found |= _corpus_files(workspace)
+        found = {
+            name: [f"{_literal(workspace)}/{pattern}"]
+            for name, pattern in PARQUET.items()
+            if next(workspace.glob(pattern), None) is not None
+        } | {name: [_literal(path) for path in files] for name, files in _corpus_files(workspace).items()}
         for table in (*CORPUS, *PARQUET):
             connection.execute(sql[f"schema_{table}"])
             source = f"CREATE VIEW stored.{table} AS SELECT * FROM columns.{table}"
             if table in found:
-                files = ", ".join("'" + str(path).replace("'", "''") + "'" for path in found[table])
+                files = ", ".join(map(_quoted, found[table]))
                 # BY NAME: a file written before a column was added reads as NULL there.
                 source += (
                     f" UNION ALL BY NAME SELECT * FROM read_parquet([{files}], union_by_name = true,"
@@ -145,6 +150,15 @@ def _build(workspace: Path, path: Path) -> None:
         for text in (text for name, text in sql.items() if name.startswith("macro_")):
             connection.execute(text)
         connection.execute("CREATE TABLE columns.workspace AS SELECT ? AS root", [str(workspace)])
+
+
+def _literal(path: Path) -> str:
+    """A pattern that matches that path alone: what DuckDB would read as part of a pattern stands in brackets."""
+    return re.sub(r"[\[*?]", r"[\g<0>]", str(path))
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
 
 
 def _insert(connection: duckdb.DuckDBPyConnection, table: str, rows: list[Row]) -> None:
@@ -298,8 +312,9 @@ def connect(workspace: Path) -> duckdb.DuckDBPyConnection:
     with _connecting:
         connection = duckdb.connect(str(path), read_only=True)
         if not _value(connection, "SELECT current_setting('lock_configuration')"):
-            allowed = str(workspace).replace("'", "''")
-            connection.execute(f"SET allowed_directories = ['{allowed}/']")
+            # DuckDB holds a view's patterns against this list as well as the files that they match.
+            allowed = ", ".join(_quoted(f"{root}/") for root in (str(workspace), _literal(workspace)))
+            connection.execute(f"SET allowed_directories = [{allowed}]")
             connection.execute("SET enable_external_access = false")
             connection.execute("SET python_enable_replacements = false")  # Python variables are not tables
             connection.execute("SET lock_configuration = true")
@@ -349,6 +364,20 @@ def _check_select(connection: duckdb.DuckDBPyConnection, sql: str) -> set[str]:
         raise InputError(f"SQL: {error}") from None
     if len(found) != 1:
         raise InputError(f"SQL: expected one SELECT statement, got {len(found)} statements")
-    if found[0].type != duckdb.StatementType.SELECT:
-        raise InputError(f"SQL: only SELECT statements are accepted, this is {found[0].type.name}")
+    kind = found[0].type
+    if kind == duckdb.StatementType.MULTI:  # a PIVOT that finds out its columns first, or a statement with one in it
+        if not _is_subquery(connection, found[0].query):
+            raise InputError("SQL: only SELECT statements are accepted; a PIVOT may be one, or stand within one")
+        if found[0].named_parameters:
+            raise InputError("SQL: with a parameter, a PIVOT has to name its columns: PIVOT ... ON x IN ('a', 'b') ...")
+    elif kind != duckdb.StatementType.SELECT:
+        raise InputError(f"SQL: only SELECT statements are accepted, this is {kind.name}")
     return set(found[0].named_parameters)
+
+
+def _is_subquery(connection: duckdb.DuckDBPyConnection, sql: str) -> bool:
+    """Whether a statement may stand in a FROM clause, where the grammar has no place for one that writes."""
+    try:
+        return len(connection.extract_statements(f"SELECT * FROM (\n{sql.rstrip().removesuffix(';')}\n)")) == 1
+    except duckdb.Error:
+        return False

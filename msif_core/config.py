@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from msif_core.config_problems import problems
 from msif_core.errors import InputError
+from msif_core.workspace import check_name
 
 
 class Settings(BaseModel):
@@ -26,11 +27,11 @@ class Settings(BaseModel):
 class HubDataset(Settings):
     """A dataset of the Hugging Face `datasets` library: a hub id or a local folder."""
 
-    dataset: str = Field(description="Hub id, or a local folder that `datasets.load_dataset` reads.")
+    dataset: str = Field(description="Hub id, or a local folder: of files, or as `save_to_disk` writes it.")
     name: str | None = Field(None, description="Configuration of the dataset, if it has several.")
     split: str = Field("train", description="Split to read.")
     text: str = Field(
-        "text", description="Column that holds the text; without a column `text`, `prompt` and `completion` are read."
+        "text", description="Column of the text. Where a row has `prompt` and `completion`, they go before `text`."
     )
     id: str | None = Field(None, description="Column that holds the id; row numbers are used without one.")
 
@@ -112,14 +113,17 @@ class CorpusSettings(Settings):
     """Documents to token sequences."""
 
     max_length: int | None = Field(
-        None, ge=2, description="Window length of documents; the model's context by default, which queries may fill."
-    )
+        None, ge=2, description="Window length of documents. By default the model's context, 2,048 tokens at most: "
+        "memory grows with the window, and few documents are longer. Queries may fill the whole context."
+    )  # fmt: skip
+    start: Literal["auto", "always", "never"] = Field(
+        "auto", description="Start token (BOS) of documents and queries. auto: as the model's tokenizer begins a text, "
+        "and its template a chat. always: bos_token. never: none. Once, and in a document's first window alone."
+    )  # fmt: skip
     shard_sequences: int = Field(
-        2048,
-        ge=1,
-        description="Target number of sequences in a shard. There are 1, 2, 4, 8... shards, so that one holds 0.7 to "
-        "1.4 times as many at first, and half to twice as many while the corpus grows or shrinks.",
-    )
+        2048, ge=1, description="Target number of sequences in a shard. There are 1, 2, 4, 8... shards, so that one "
+        "holds 0.7 to 1.4 times as many at first, and half to twice as many while the corpus grows or shrinks.",
+    )  # fmt: skip
     skip_bad_records: bool = Field(
         False,
         description="Count and skip malformed records instead of stopping; a file without a good one stops still.",
@@ -327,6 +331,7 @@ class Config(Settings):
     runner: RunnerSettings = RunnerSettings()
 
     _home = field_validator("workspace", "queries", mode="before")(_at_home)
+    _readable = field_validator("workspace")(check_name)
 
     @field_validator("attribute_to", mode="before")
     @classmethod
@@ -373,29 +378,5 @@ class Config(Settings):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            lines = [f"  {'.'.join(map(str, e['loc'])) or '(top level)'}: {_message(e)}" for e in error.errors()]
-            raise InputError(f"{path}: not a valid configuration\n" + "\n".join(lines)) from None
-
-
-def _message(error: Any) -> str:
-    """What pydantic says of an error; of an unknown key, which ones there are."""
-    if error["type"] != "extra_forbidden":
-        return str(error["msg"])
-    return f"unknown key; known here: {', '.join(_model_at(error['loc'][:-1]).model_fields)}"
-
-
-def _model_at(location: Sequence[str | int]) -> type[BaseModel]:
-    """The model that the keys of a configuration lead to; steps that are no field choose in a list or a union."""
-    model: type[BaseModel] = Config
-    for step in location:
-        if step in model.model_fields:
-            model = next(models_in(model.model_fields[str(step)].annotation))
-    return model
-
-
-def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models that a type names."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for part in get_args(annotation):
-        yield from models_in(part)
+            lines = "\n".join(f"  {problem}" for problem in problems(error, cls))
+            raise InputError(f"{path}: not a valid configuration\n{lines}") from None

@@ -12,6 +12,7 @@ from msif_core.answer_tables import Tables
 from msif_core.batching import Sequences
 from msif_core.queries import Queries
 from msif_core.retrieval import FloatArray
+from msif_core.tokenizers import token_texts
 
 if TYPE_CHECKING:
     from msif_core.pipeline import Pipeline
@@ -37,7 +38,8 @@ def add_contributions(tables: Tables, pipeline: Pipeline, query: Queries, docume
         for split, values, more, part in zip(by_map, by_token, *found, strict=True):
             split.update(more)
             values += part
-    words = token_texts(pipeline.tokenizer(target.name), documents)
+    tokenizer = pipeline.tokenizer(target.name)
+    words = [token_texts(tokenizer, ids.tolist()) for ids in documents.input_ids]
     for name, split, texts, values in zip(documents.document_ids, by_map, words, by_token, strict=True):
         tables.add("layers", ((query_id, name, map_name, value) for map_name, value in sorted(split.items())))
         tables.add("tokens", token_rows(query_id, name, texts, values, "document"))
@@ -49,7 +51,8 @@ def query_side(
     pipeline: Pipeline, query: Queries, documents: Sequences
 ) -> Iterator[tuple[str, str, list[str], FloatArray]]:
     """(document, side, words, parts of its score): of sides query and contrast by token, of a set by member."""
-    words = token_texts(pipeline.tokenizer(pipeline.last), query.sequences)
+    tokenizer = pipeline.tokenizer(pipeline.last)
+    words = [token_texts(tokenizer, ids.tolist()) for ids in query.sequences.input_ids]
     weights = [query.measurements[0][row] for row in range(len(query.sequences))]
     parts = query_tokens(pipeline, query.sequences, documents)
     for i, name in enumerate(documents.document_ids):
@@ -91,13 +94,6 @@ def query_tokens(pipeline: Pipeline, asked: Sequences, documents: Sequences) -> 
         for values, part in zip(found, parts, strict=True):
             values[rows] += part
     return found
-
-
-def token_texts(tokenizer: Any, sequences: Sequences) -> list[list[str]]:
-    """What each token reads as; its number where the stage has no tokenizer."""
-    if tokenizer is None:
-        return [[str(int(token)) for token in ids] for ids in sequences.input_ids]
-    return [tokenizer.batch_decode([[int(token)] for token in ids]) for ids in sequences.input_ids]
 
 
 def token_rows(

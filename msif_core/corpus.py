@@ -24,11 +24,18 @@ from msif_core import records, storage
 from msif_core.batching import Sequences, sequence_fingerprint
 from msif_core.config import CorpusSettings, Documents
 from msif_core.dealing import canonical_json, partition, shard_of
-from msif_core.encoding import encode, tokenizer_fingerprint
+from msif_core.encoding import encode
 from msif_core.errors import InputError
+from msif_core.tokenizers import first_unknown, tokenizer_fingerprint, unknown_token
 
 SHARD_BITS = 40
 """A sequence id is shard << 40 | row."""
+
+ENCODING = 2
+"""Version of how records become tokens: other ones are other corpora."""
+
+MOST_UNKNOWN = 0.2
+"""Share of unknown tokens from which on a corpus is taken to be encoded with a tokenizer that is not its model's."""
 
 SEQUENCES = pa.schema([
     ("sequence_id", pa.int64()), ("document_id", pa.string()), ("window", pa.int32()),
@@ -56,7 +63,7 @@ def tokenize(
     The source is streamed once. A shard whose documents are as before is not encoded again, one whose file is
     damaged or lost is. Older versions stay readable (`msif prune` removes them).
     """
-    recipe = storage.fingerprint(max_length, task, tokenizer_fingerprint(tokenizer))
+    recipe = storage.fingerprint(ENCODING, max_length, task, settings.start, tokenizer_fingerprint(tokenizer))
     key = storage.fingerprint(records.source_fingerprint(documents), settings.model_dump(), recipe)
     path = folder / "manifest.json"
     previous = storage.read_json(path) if path.exists() else None
@@ -65,21 +72,29 @@ def tokenize(
     skipped = records.Skipped()
 
     def windows(record: records.Record) -> int:
-        return len(encode([record], tokenizer, max_length, task)[0])
+        return len(encode([record], tokenizer, max_length, task, settings.start)[0])
 
     storage.make_folder(folder)
-    with TemporaryDirectory(prefix=".tmp-raw-", dir=folder) as raw:
+    with storage.told(folder), TemporaryDirectory(prefix=".tmp-raw-", dir=folder) as raw:
         found = partition(documents, Path(raw), settings, skipped, previous, windows)
         shards = []
         for number, part in enumerate(found):
             progress(number, len(found))
-            shards.append(tokenize_shard(part, folder, number, tokenizer, max_length, task, recipe))
+            shards.append(tokenize_shard(part, folder, number, tokenizer, max_length, task, settings.start, recipe))
     if not any(shard["n_sequences"] for shard in shards):
-        raise InputError(f"{documents}: no document in it has a token to predict")
+        raise InputError(f"{documents}: no document in it has a token to predict{_to(tokenizer)}")
+    unknown = _unknown(folder, shards, tokenizer)
+    if unknown is not None and unknown["share"] > MOST_UNKNOWN:
+        raise InputError(
+            f"{documents}: {unknown['share']:.0%} of its tokens are unknown{_to(tokenizer)}, for example "
+            f"{unknown['example']!r} of document {unknown['document']!r}; put the tokenizer there that the model was "
+            "trained with, or give the documents as input_ids"
+        )
     manifest = {
         "key": key,
         "fingerprint": storage.fingerprint([shard["sequences"] for shard in shards]),
         "max_length": max_length,
+        "unknown": unknown,
         "settings": settings.model_dump(),
         "shards": shards,
         "quarantined": sum(shard["n_quarantined"] for shard in shards),
@@ -88,6 +103,29 @@ def tokenize(
     _keep_version(path, manifest)
     storage.write_json(path, manifest)
     return path
+
+
+def _to(tokenizer: Any) -> str:
+    """Whose fault it may be."""
+    return "" if tokenizer is None else f" to the tokenizer of {tokenizer.name_or_path} ({type(tokenizer).__name__})"
+
+
+def _unknown(folder: Path, shards: Sequence[dict[str, Any]], tokenizer: Any) -> dict[str, Any] | None:
+    """Share of the tokens that stand for what the tokenizer does not know, and an example; None where it knows all."""
+    token = unknown_token(tokenizer)
+    if token is None:
+        return None
+    counts = [shard["n_unknown"] for shard in shards]
+    share = sum(counts) / max(1, sum(shard["n_tokens"] for shard in shards))
+    first = next((shard for shard, count in zip(shards, counts, strict=True) if count), None)
+    if first is None:
+        return {"share": share}
+    table = read_table(folder / first["sequences"], ["document_id", "input_ids"])
+    row = next(row for row, ids in enumerate(table["input_ids"].to_pylist()) if token in ids)
+    name = table["document_id"][row].as_py()
+    documents = read_table(folder / first["documents"], ["document_id", "text"])
+    text = documents["text"][documents["document_id"].to_pylist().index(name)].as_py()
+    return {"share": share, "document": name, "example": first_unknown(tokenizer, text)}
 
 
 def _keep_version(path: Path, manifest: dict[str, Any]) -> Path:
@@ -110,7 +148,7 @@ def shard_entries(where: Path) -> tuple[Path, list[dict[str, Any]]]:
 
 
 def tokenize_shard(
-    raw: Path, folder: Path, number: int, tokenizer: Any, max_length: int, task: str, recipe: str
+    raw: Path, folder: Path, number: int, tokenizer: Any, max_length: int, task: str, start: str, recipe: str
 ) -> dict[str, Any]:
     """Encode one shard's documents, unless its files stand whole; returns its entry in the manifest.
 
@@ -127,13 +165,15 @@ def tokenize_shard(
     rows: dict[str, list[Any]] = {name: [] for name in SEQUENCES.names}
     docs: dict[str, list[Any]] = {name: [] for name in DOCUMENTS.names}
     bad: dict[str, list[Any]] = {name: [] for name in QUARANTINE.names}
-    found = [json.loads(line) for line in lines]
-    for line, record, windows in zip(lines, found, encode(found, tokenizer, max_length, task), strict=True):
+    found, unknown = [json.loads(line) for line in lines], unknown_token(tokenizer)
+    encoded, n_unknown = encode(found, tokenizer, max_length, task, start), 0
+    for line, record, windows in zip(lines, found, encoded, strict=True):
         if not windows:
             _append(bad, (record["id"], "no token has a target: one token at most, or no label"))
         for window, (ids, labels) in enumerate(windows):
             row = (number << SHARD_BITS) | len(rows["window"])
             _append(rows, (row, record["id"], window, ids, labels, sequence_fingerprint(ids, labels)))
+            n_unknown += 0 if unknown is None else ids.count(unknown)
         source, metadata = record.get("source"), canonical_json(records.metadata_of(record))
         source = source if source is None or isinstance(source, str) else canonical_json(source)
         tokens = sum(len(ids) for ids, _ in windows)
@@ -147,6 +187,7 @@ def tokenize_shard(
     entry = {
         "sequences": names["shard"], "documents": names["documents"], "quarantine": names["quarantine"],
         "n_sequences": len(rows["window"]), "n_documents": len(docs["text"]), "n_quarantined": len(bad["reason"]),
+        "n_tokens": sum(docs["n_tokens"]), "n_unknown": n_unknown,
         "digest": storage.file_digest(folder / names["shard"]),
     }  # fmt: skip
     others = {kind: storage.file_digest(folder / names[kind]) for kind in ("documents", "quarantine")}
@@ -310,10 +351,16 @@ def quarantine(folder: Path, name: str, documents: Sequence[str], reason: str) -
 
 
 def encode_list(
-    found: Sequence[records.Record], tokenizer: Any, max_length: int, task: str
+    found: Sequence[records.Record],
+    tokenizer: Any,
+    max_length: int,
+    task: str,
+    start: str = "auto",
+    last_turn: bool = False,
 ) -> tuple[Sequences, npt.NDArray[np.int64]]:
-    """Records as sequences, and for each sequence the row of its record."""
-    windows = [(row, pair) for row, own in enumerate(encode(found, tokenizer, max_length, task)) for pair in own]
+    """Records as sequences (see `encode`), and for each sequence the row of its record."""
+    encoded = encode(found, tokenizer, max_length, task, start, last_turn)
+    windows = [(row, pair) for row, own in enumerate(encoded) for pair in own]
     ids = [np.asarray(pair[0], np.int32) for _, pair in windows]
     labels = [np.asarray(pair[1], np.int32) for _, pair in windows]
     sequences = Sequences(

@@ -54,7 +54,7 @@ def train_stages(
         if tokenizer is None:
             tokenizer = train_tokenizer((records.text_of(record) for record in documents), vocabulary)
         window = config.corpus.max_length or architecture.positions
-        sequences, _ = corpus.encode_list(documents, tokenizer, window, stage.task)
+        sequences, _ = corpus.encode_list(documents, tokenizer, window, stage.task, config.corpus.start)
         init = built[-1] if built else new_model(tokenizer, architecture, stage.training.seed)
         name = stage.name
 

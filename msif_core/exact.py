@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from msif_core import low_rank, scoring, vocabulary
+from msif_core import chats, low_rank, scoring, vocabulary
 from msif_core.batching import Sequences
 from msif_core.errors import InputError
 from msif_core.fitting import Fitting
@@ -35,11 +35,13 @@ class ExactScores(Fitting):
                 max_length=self.query_length(),
                 max_new_tokens=self.config.completion.max_new_tokens,
                 batch_tokens=self.batch_tokens,
-                end=tokenizer.eos_token_id,
+                ends=[tokenizer.eos_token_id, chats.turn_end(tokenizer)],
             )
 
         generates = answers if last.task == "causal_lm" else None
-        found = load_queries(source, tokenizer, self.query_length(), last.task, generates)
+        found = load_queries(
+            source, tokenizer, self.query_length(), last.task, generates, start=self.config.corpus.start
+        )
         vocabulary.check_sequences(found.sequences, self.structure(last.name), last.task, last.name)
         return found
 

@@ -34,6 +34,7 @@ class Fitting(Stages):
             self.config.curvature.model_dump(exclude={"memory_budget_gb"}, exclude_none=True),
             self.config.compute.dtype,
             self.config.corpus.max_length,
+            self.config.corpus.start,
             *(["tf32"] if self.config.compute.tf32 else []),
         )
 

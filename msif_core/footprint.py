@@ -37,7 +37,7 @@ def activations(config: Config, work: Work) -> float:
 
     Their gradient takes their place.
     """
-    tokens = max(config.compute.batch_tokens, work.tokens)
+    tokens = max(config.compute.batch_tokens, work.tokens, work.longest)
     width = getattr(torch, config.compute.dtype).itemsize
     settings = text_config(work.model)
     layers = sum(m.routed * (m.d_in + m.d_out) for m in work.maps if m.d_out < settings.vocab_size)
@@ -47,7 +47,7 @@ def activations(config: Config, work: Work) -> float:
 def sampling(config: Config, work: Work, accelerator: bool) -> float:
     """Float64 softmax and its sums, where labels are drawn."""
     settings = text_config(work.model)
-    tokens = max(config.compute.batch_tokens, work.tokens)
+    tokens = max(config.compute.batch_tokens, work.tokens, work.longest)
     most = losses.CHUNK_ENTRIES if accelerator else losses.CACHED_ENTRIES
     return 24.0 * min(most, tokens * int(settings.vocab_size))
 

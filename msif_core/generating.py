@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,17 +14,24 @@ from msif_core.forward import PASS
 
 @torch.no_grad()
 def complete(
-    model: Any, prompts: list[list[int]], *, max_length: int, max_new_tokens: int, batch_tokens: int, end: int | None
+    model: Any,
+    prompts: list[list[int]],
+    *,
+    max_length: int,
+    max_new_tokens: int,
+    batch_tokens: int,
+    ends: Sequence[int | None],
 ) -> list[list[int]]:
     """Greedy continuations of token prompts, each with its end token where the model gave one.
 
-    Prompts of one length go together, so that none is padded and an answer does not depend on the others. A
-    prompt that leaves no room below `max_length` loses its beginning.
+    `ends` are tokens that end an answer, beside those that the checkpoint names. Prompts of one length go together,
+    so that none is padded and an answer does not depend on the others. A prompt that leaves no room below
+    `max_length` loses its beginning.
     """
     new = min(max_new_tokens, max_length - 1)
-    ends = _ends(model, end)
+    found = _ends(model, ends)
     settings = GenerationConfig(
-        max_new_tokens=new, do_sample=False, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0
+        max_new_tokens=new, do_sample=False, eos_token_id=found or None, pad_token_id=found[0] if found else 0
     )
     rows_of: dict[int, list[int]] = defaultdict(list)
     for row, prompt in enumerate(prompts):
@@ -37,13 +45,13 @@ def complete(
             with PASS:
                 out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
             for row, answer in zip(part, out[:, length:].tolist(), strict=True):
-                stop = next((i for i, token in enumerate(answer) if token in ends), len(answer))
+                stop = next((i for i, token in enumerate(answer) if token in found), len(answer))
                 answers[row] = answer[: stop + 1]
     return answers
 
 
-def _ends(model: Any, end: int | None) -> list[int]:
-    """Tokens that end an answer: the tokenizer's, and those that the checkpoint names."""
+def _ends(model: Any, ends: Sequence[int | None]) -> list[int]:
+    """Tokens that end an answer: those given, and those that the checkpoint names."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = named if isinstance(named, list) else [named]
-    return [token for token in dict.fromkeys([end, *listed]) if token is not None]
+    return [token for token in dict.fromkeys([*ends, *listed]) if token is not None]

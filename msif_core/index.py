@@ -51,7 +51,12 @@ def train(sample: FloatArray, settings: IndexSettings, sequences: int, path: Pat
         index = faiss.IndexIVFRaBitQ(faiss.IndexFlat(d, inner), d, lists, inner, True, settings.bits)
         index.nprobe = max(1, lists // 4)
     index.train(np.ascontiguousarray(sample))
-    faiss.write_index(faiss.IndexIDMap2(index), str(path))
+    _write(faiss.IndexIDMap2(index), path)
+
+
+def _write(index: Any, path: Path) -> None:
+    """Write an index; `faiss.write_index` would only print that a disk is full when it closes the file."""
+    path.write_bytes(faiss.serialize_index(index).tobytes())
 
 
 def encode(trained: Path, phi: FloatArray) -> CodeArray:
@@ -79,7 +84,7 @@ def write_shard(trained: Path, codes: CodeArray, ids: npt.NDArray[np.int64], pat
     index = faiss.read_index(str(trained))
     if len(codes):
         index.add_sa_codes(np.ascontiguousarray(codes), np.ascontiguousarray(ids))
-    faiss.write_index(index, str(path))
+    _write(index, path)
 
 
 def read_codes(trained: Path, path: Path) -> tuple[npt.NDArray[np.int64], CodeArray] | None:

@@ -13,6 +13,7 @@ from msif_core.checkpoint_cache import while_files_stay
 from msif_core.config import Config, Stage
 from msif_core.errors import InputError
 from msif_core.models import AUTO, adapter_to_merge, attention_option, needs_package, read_configuration
+from msif_core.tracking import text_config
 
 _PYTHIA = {"model_type": "gpt_neox", "rotary_pct": 0.25, "max_position_embeddings": 2048, "use_parallel_residual": True}
 _PYTHIA_3B = {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240}
@@ -42,19 +43,26 @@ def meta_model(config: Config, stage: Stage) -> nn.Module:
     return _meta_model(stage.model, *options)
 
 
+LONGEST_WINDOW = 2048
+"""Tokens of a document's window where none is configured, whatever the model's context: see `corpus.max_length`."""
+
+
 def window(config: Config, stage: str, model: nn.Module) -> int | None:
-    """Window length in tokens as configured, or else the positions of the stage's model, None where it names none.
+    """Window length in tokens: as configured, or else the positions of the stage's model up to `LONGEST_WINDOW`.
+
+    None where neither is named.
 
     Raises:
         InputError: the model has fewer positions than are configured.
     """
-    configured, positions = config.corpus.max_length, getattr(model.config, "max_position_embeddings", None)
+    configured = config.corpus.max_length
+    positions = getattr(text_config(model), "max_position_embeddings", None)
     if configured and positions and configured > positions:
         raise InputError(
             f"corpus.max_length is {configured}, but the model of stage {stage!r} has {positions} positions; "
             f"set it to {positions} or less"
         )
-    return configured or positions
+    return configured or (min(positions, LONGEST_WINDOW) if positions else None)
 
 
 @while_files_stay(4)

@@ -1,4 +1,4 @@
-"""A stage's model and tokenizer, and the linear maps of it that are tracked."""
+"""A stage's model, and the linear maps of it that are tracked."""
 
 from __future__ import annotations
 
@@ -231,31 +231,6 @@ def freeze(model: nn.Module, tf32: bool = False) -> nn.Module:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model.eval()
-
-
-@while_files_stay(4)
-def load_tokenizer(source: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's tokenizer, None where it has none (records with input_ids need none).
-
-    An adapter without one has its base model's.
-
-    Raises:
-        InputError: it has a tokenizer.json, which cannot be loaded.
-    """
-    try:
-        return transformers.AutoTokenizer.from_pretrained(
-            source, revision=revision or "main", trust_remote_code=trust_remote_code
-        )
-    except Exception as error:  # of many kinds, as a broken file has it
-        if Path(source, "tokenizer.json").exists():
-            reason = f"{type(error).__name__}: {error}"
-            raise InputError(f"{source}: its tokenizer cannot be loaded ({reason}); save it there again") from None
-        if not isinstance(error, OSError | ValueError):
-            raise
-        adapter = adapter_settings(source, revision)
-        if adapter is None:
-            return None
-        return load_tokenizer(adapter["base_model_name_or_path"], adapter.get("revision"), trust_remote_code)
 
 
 @while_files_stay(16)

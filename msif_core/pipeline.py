@@ -18,6 +18,7 @@ from msif_core.attribution import Attribution
 from msif_core.errors import InputError
 from msif_core.indexing import Indexing
 from msif_core.retrieval import FloatArray
+from msif_core.token_view import Seen, seen_documents, seen_queries
 from msif_core.vocabulary import check_sequences
 
 
@@ -70,6 +71,7 @@ class Pipeline(Indexing):
             "parent": parent and parent["generation"],
             "corpus": own["fingerprint"],
             "corpora": {s.name: str(self.corpus_version(s.name).relative_to(root)) for s in self.config.stages},
+            "tokens": {stage.name: self._tokens_of(stage.name) for stage in self.config.stages},
             "recipes": {stage.name: self.recipe(stage.name) for stage in self.config.stages},
             "factors": {stage.name: self.factors_fingerprint(stage.name) for stage in self.config.stages},
             "codes_key": self.codes_folder().name,
@@ -84,6 +86,11 @@ class Pipeline(Indexing):
             "settings": self.config.model_dump(mode="json"),
         }
         return manifest | {"seconds": round(time.perf_counter() - started, 1)}
+
+    def _tokens_of(self, stage: str) -> dict[str, Any]:
+        """How a stage's documents were encoded."""
+        manifest = self.corpus_manifest(stage)
+        return {key: manifest.get(key) for key in ("max_length", "unknown")}
 
     def check_generation(self, manifest: dict[str, Any]) -> None:
         """Refuse a generation that belongs to another model or other settings.
@@ -104,7 +111,10 @@ class Pipeline(Indexing):
         """What a generation was built with that this configuration has not, None where it can answer."""
         for stage in self.config.stages:
             if manifest.get("recipes", {}).get(stage.name) != self.recipe(stage.name):
-                return f"other factors of stage {stage.name!r} (another model, other windows or curvature settings)"
+                return (
+                    f"other factors of stage {stage.name!r} (another model, other windows, another start of texts, or "
+                    "other curvature settings)"
+                )
         same = manifest["codes_key"] == self.holding(manifest["factors"]).codes_folder().name
         return None if same else "another filter or sketch"
 
@@ -140,6 +150,20 @@ class Pipeline(Indexing):
         folder = answering.answer(self, self.read_queries(queries), top_k or self.config.retrieval.top_k)
         return Attribution.open(folder)
 
+    def tokens(
+        self, stage: str = "", queries: Path | Sequence[dict[str, Any]] | None = None, count: int = 3
+    ) -> list[Seen]:
+        """The first records of a stage (the attributed one by default), or queries, as the model will see them.
+
+        Raises:
+            InputError: there is no such stage, or a record is malformed or cannot be encoded.
+        """
+        if queries is not None:
+            return seen_queries(self, queries, count)
+        if (name := stage or self.target) not in [own.name for own in self.config.stages]:
+            raise InputError(f"no stage {name!r}; stages are {[own.name for own in self.config.stages]}")
+        return seen_documents(self, name, count)
+
     def as_published(self) -> Self:
         """With the published generation's factors, where it is of these models and settings: a fit may be under way."""
         manifest = generations.manifest_of(self.workspace, self.workspace.published())
@@ -155,7 +179,7 @@ class Pipeline(Indexing):
         target = self.config.stage(self.target)
         found = records.read_list(documents)
         sequences, rows = corpus.encode_list(
-            found, self.tokenizer(self.target), self.max_length(self.target), target.task
+            found, self.tokenizer(self.target), self.max_length(self.target), target.task, self.config.corpus.start
         )
         check_sequences(sequences, self.structure(self.target), target.task, self.target)
         scores = self.as_published().scores(asked, sequences)

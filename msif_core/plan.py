@@ -49,10 +49,13 @@ SHRUNK = 3.5
 class StagePlan:
     """A stage's size.
 
-    `assumed` says what of its corpus is not known yet, empty where it is tokenized; `coverage` what is tracked.
+    `assumed` says what of its corpus is not known yet, empty where it is tokenized; `coverage` what is tracked. A
+    document's window is of `window` tokens at most, which its model has `positions` of (None: it names none).
     """
 
     name: str
+    window: int
+    positions: int | None
     parameters: int
     tracked: int
     maps: int
@@ -141,7 +144,9 @@ def make_plan(
         model = meta_model(config, stage)
         maps = tracked_maps(model, config.curvature)
         size = stage_plan(config, stage, model, maps, given.get(stage.name))
-        found[stage.name] = _Planned(stage, Work(model, maps, size.tokens / max(1, size.sequences)), size, None)
+        found[stage.name] = _Planned(
+            stage, Work(model, maps, size.tokens / max(1, size.sequences), size.window), size, None
+        )
     widest = max(max([*p.work.inputs, *(m.pieces[1] for m in p.work.maps)]) for p in found.values())
     speed = rates(config, device, widest)
     if device == "measure":
@@ -193,6 +198,8 @@ def stage_plan(config: Config, stage: Stage, model: nn.Module, maps: list[Tracke
     parts = min(shards, math.ceil(min(config.curvature.max_sequences, count) / config.curvature.part_sequences))
     return StagePlan(
         name=stage.name,
+        window=longest,
+        positions=getattr(text_config(model), "max_position_embeddings", None),
         parameters=total,
         tracked=tracked,
         maps=len(maps),

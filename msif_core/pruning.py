@@ -43,8 +43,9 @@ def prune(workspace: Workspace, keep: int = 3, grace_seconds: float = 3600.0, dr
     doomed = [path for path in found if not set(found).intersection(path.parents)]
     size = sum(stat.st_size for path in doomed for stat in _stats(path))
     if not dry_run:
-        for path in doomed:
-            _remove(path)
+        with storage.told(workspace.root):
+            for path in doomed:
+                _remove(path)
     return Pruned(tuple(doomed), size)
 
 

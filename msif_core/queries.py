@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from msif_core import corpus, records, storage
+from msif_core import chats, corpus, records, storage
 from msif_core.batching import IGNORED, Sequences
+from msif_core.encoding import encode_prompts
 from msif_core.errors import InputError
 from msif_core.records import Record
 
@@ -82,11 +83,13 @@ def load_queries(
     task: str,
     complete: Complete | None = None,
     cut: bool = False,
+    start: str = "auto",
 ) -> Queries:
     """Queries of a jsonl file or of a list of records, in their order, and after them the sets that they name.
 
-    A prompt without a completion is continued by `complete`, and that answer is explained. With `cut` a prompt and
-    completion that do not fit a window are cut as training cuts its records.
+    A prompt without a completion, or a chat that ends with another's turn, is answered by `complete`, and that answer
+    is explained; of a chat with its answer, the assistant's last turn. With `cut` a prompt and completion that do not
+    fit a window are cut as training cuts its records. `start` is `corpus.start`.
 
     Raises:
         InputError: a record is malformed, there is none, or one takes more than a window.
@@ -95,10 +98,10 @@ def load_queries(
     if not found:
         raise InputError(f"{source}: no query in it")
     generated = [records.lacks_completion(record) for record in found]
-    found = _completed(found, generated, tokenizer, max_length, complete)
+    found = _completed(found, generated, tokenizer, max_length, complete, start)
     compared = [row for row, record in enumerate(found) if record.get("contrast") is not None]
-    both = found + [_contrast_of(found[row]) for row in compared]
-    sequences = _one_window_each(both, tokenizer, max_length, task, cut or task == "classification")
+    both = found + [contrast_of(found[row]) for row in compared]
+    sequences = _one_window_each(both, tokenizer, max_length, task, cut or task == "classification", start)
     measurements: list[Measurement] = [{row: 1.0} for row in range(len(found))]
     for i, row in enumerate(compared):
         measurements[row] = {row: 1.0, len(found) + i: -1.0}
@@ -106,11 +109,12 @@ def load_queries(
     for rows in sets.values():
         measurements.append({s: w / len(rows) for row in rows for s, w in measurements[row].items()})
     ids, nothing = [str(r["id"]) for r in found], [""] * len(sets)
-    texts = [" ".join(str(r.get(key) or "") for key in ("prompt", "completion", "text", "contrast")) for r in found]
+    parts = [records.parts_of(r) for r in found]
+    texts = [" ".join([*both, str(r.get("contrast") or "")]) for both, r in zip(parts, found, strict=True)]
     return Queries(
         ids + list(sets),
-        [str(r.get("prompt", "")) for r in found] + nothing,
-        [str(r.get("completion", r.get("text", ""))) for r in found] + nothing,
+        [prompt for prompt, _ in parts] + nothing,
+        [completion for _, completion in parts] + nothing,
         sequences,
         [records.metadata_of(r, records.QUERY_FIELDS) for r in found] + [{} for _ in sets],
         measurements,
@@ -145,14 +149,22 @@ def _sets(found: list[Record]) -> dict[str, list[int]]:
     return sets
 
 
-def _contrast_of(record: Record) -> Record:
+def contrast_of(record: Record) -> Record:
     """The same question with the other completion (of a classification: the other label)."""
     kept = {key: value for key, value in record.items() if key not in ("input_ids", "labels")}
-    return kept | {"completion" if "prompt" in record else "label": record["contrast"]}
+    if "messages" in record and record["messages"][-1]["role"] == chats.ASSISTANT:
+        kept["messages"] = record["messages"][:-1]
+    words = "prompt" in record or "messages" in record
+    return kept | {"completion" if words else "label": record["contrast"]}
 
 
 def _completed(
-    found: list[Record], generated: list[bool], tokenizer: Any, max_length: int, complete: Complete | None
+    found: list[Record],
+    generated: list[bool],
+    tokenizer: Any,
+    max_length: int,
+    complete: Complete | None,
+    start: str,
 ) -> list[Record]:
     """The records, those to be generated with the model's own tokens as their targets."""
     rows = [row for row, alone in enumerate(generated) if alone]
@@ -163,7 +175,7 @@ def _completed(
             f"query {found[rows[0]]['id']!r} has no completion, and without a language model and its tokenizer none "
             "can be generated; give it a completion"
         )
-    prompts = [tokenizer(found[row]["prompt"], add_special_tokens=False)["input_ids"] for row in rows]
+    prompts = encode_prompts([found[row] for row in rows], tokenizer, start)
     found = list(found)
     for row, prompt, answer in zip(rows, prompts, complete(prompts), strict=True):
         prompt = prompt[max(0, len(prompt) + len(answer) - max_length) :]
@@ -175,9 +187,12 @@ def _completed(
     return found
 
 
-def _one_window_each(found: list[Record], tokenizer: Any, max_length: int, task: str, cut: bool) -> Sequences:
+def _one_window_each(
+    found: list[Record], tokenizer: Any, max_length: int, task: str, cut: bool, start: str
+) -> Sequences:
     """Each query's one sequence."""
-    sequences, rows = corpus.encode_list(found, tokenizer, max_length if cut else UNCUT, task)
+    window = max_length if cut else UNCUT
+    sequences, rows = corpus.encode_list(found, tokenizer, window, task, start, last_turn=True)
     lengths = dict.fromkeys(rows.tolist(), 0)
     for row, ids in zip(rows.tolist(), sequences.input_ids, strict=True):
         lengths[row] += len(ids)

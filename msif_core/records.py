@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from msif_core import storage
+from msif_core import chats, storage
 from msif_core.batching import IGNORED
 from msif_core.config import Documents, HubDataset
 from msif_core.errors import InputError
@@ -25,9 +27,9 @@ Check = Callable[[Any], str | None]
 Located = Iterator[tuple[str, Any]]
 """Records, each after where it stands."""
 
-KNOWN = {"id", "text", "source", "prompt", "completion", "input_ids", "labels", "label"}
+KNOWN = {"id", "text", "source", "prompt", "completion", "messages", "input_ids", "labels", "label"}
 QUERY_FIELDS = KNOWN | {"contrast", "set"}
-ENCODED = {"text", "prompt", "completion", "input_ids", "labels"}
+ENCODED = {"text", "prompt", "completion", "messages", "input_ids", "labels"}
 """Fields that become tokens."""
 
 LARGEST_TOKEN = (1 << 31) - 1
@@ -97,7 +99,7 @@ def read_records(
             problem = str(record) if isinstance(record, Unreadable) else (check or problem_of)(record)
             good = good or problem is None
             if problem is None and (first := seen.get(record["id"])) is not None:
-                problem = f"id {record['id']!r} stands already at {first}; ids must differ"
+                problem = _twice(record["id"], first)
             if problem is not None:
                 first_bad = first_bad or f"{where}: {problem}"
                 skipped.add(f"{where}: {problem}", skip)
@@ -113,20 +115,35 @@ def read_records(
 
 def check_all(records: Iterable[Record], name: str, check: Check) -> list[Record]:
     """Check records given as Python dictionaries."""
-    found = list(records)
+    found = [_usual(record) for record in records]
     seen: dict[str, int] = {}
     for number, record in enumerate(found, 1):
         problem = check(record)
         if problem is None and (first := seen.setdefault(record["id"], number)) != number:
-            problem = f"id {record['id']!r} stands already at record {first}; ids must differ"
+            problem = _twice(record["id"], f"record {first}")
         if problem is not None:
             raise InputError(f"{name}, record {number}: {problem}")
     return found
 
 
+def _twice(name: str, first: str) -> str:
+    number = " (a whole number is taken for its digits)" if name.removeprefix("-").isdigit() else ""
+    return f"id {name!r} stands already at {first}; ids must differ{number}"
+
+
+def is_pair(record: Record) -> bool:
+    """Whether a record is a prompt with its completion, which go before a text; a prompt alone beside a text is not."""
+    return "prompt" in record and ("completion" in record or "text" not in record)
+
+
 def lacks_completion(record: Record) -> bool:
-    """Whether a query is a prompt alone, which the model is to answer."""
-    return "prompt" in record and record.get("completion") in (None, "") and "input_ids" not in record
+    """Whether a query is a prompt alone, or a chat that ends with another's turn, which the model is to answer."""
+    if record.get("completion") not in (None, "") or "input_ids" in record:
+        return False
+    if "messages" in record:
+        last = record["messages"][-1] if isinstance(record["messages"], list) and record["messages"] else None
+        return not isinstance(last, dict) or last.get("role") != chats.ASSISTANT
+    return "prompt" in record
 
 
 def query_problem_of(record: Any) -> str | None:
@@ -136,22 +153,23 @@ def query_problem_of(record: Any) -> str | None:
     alone = lacks_completion(record)
     if (problem := problem_of(record | {"completion": "generated"} if alone else record)) is not None:
         return problem
-    if alone and not record["prompt"].strip():  # a str, as there is no problem so far
+    if alone and "messages" not in record and not record["prompt"].strip():  # a str: there is no problem so far
         return "empty prompt; write what the model should answer"
     contrast, named = record.get("contrast"), record.get("set")
     if contrast is not None:
-        words = "prompt" in record and isinstance(contrast, str) and contrast
+        words = ("prompt" in record or "messages" in record) and isinstance(contrast, str) and contrast
         label = "label" in record and isinstance(contrast, int) and not isinstance(contrast, bool)
         if not words and not label:
             return "contrast must be another completion of its prompt as text (or another label of its text)"
-        if contrast in (record.get("completion"), record.get("label")):
+        own = record.get("label") if label else parts_of(record)[1]
+        if contrast == own:
             return "contrast is the completion itself, so there is no difference to explain; give another one"
     names = [named] if isinstance(named, str) else named
     if named is not None and not (isinstance(names, list) and names and all(isinstance(n, str) and n for n in names)):
         return "set must be a name, or a list of names"
     gold = record.get("gold_doc_ids")
     if gold is not None and not (isinstance(gold, list) and all(isinstance(name, str) for name in gold)):
-        return "gold_doc_ids must be a list of documents' ids, each as text"
+        return "gold_doc_ids must be a list of documents' ids, each as text or as a whole number"
     return None
 
 
@@ -159,15 +177,20 @@ def problem_of(record: Any) -> str | None:
     """What is wrong with a record, None if nothing is."""
     if not isinstance(record, dict):
         return "not a JSON object; write one {...} a line"
-    if not isinstance(record.get("id"), str) or not record["id"]:
-        return "no id; give each record a string `id`"
+    name = record.get("id")
+    if not isinstance(name, str) or not name:
+        wrong = "no id" if name in (None, "") else f"id {name!r} is neither a text nor a whole number"
+        return f"{wrong}; give each record a string `id`"
     if "input_ids" in record:
-        return _problem_of_tokens(record["input_ids"], record.get("labels"))
-    if "prompt" in record:
+        read = "messages" in record and chats.problem_of_messages(record, answered=False)
+        return _problem_of_tokens(record["input_ids"], record.get("labels")) or read or None
+    if "messages" in record:
+        return chats.problem_of_messages(record)
+    if is_pair(record):
         ok = isinstance(record["prompt"], str) and isinstance(record.get("completion"), str) and record["completion"]
         return None if ok else "prompt without a completion; give both as text"
     if not isinstance(record.get("text"), str):
-        return "neither text, nor prompt and completion, nor input_ids; give one of them"
+        return "neither text, nor prompt and completion, nor messages, nor input_ids; give one of them"
     return None if record["text"].strip() else "empty text; remove the record"
 
 
@@ -195,9 +218,23 @@ def metadata_of(record: Record, known: set[str] = KNOWN) -> Record:
 
 def text_of(record: Record) -> str:
     """What a person reads of a record."""
-    if "prompt" in record:
-        return f"{record['prompt']}{record.get('completion') or ''}"  # given tokens need no completion
-    return str(record.get("text", ""))
+    if "messages" in record:
+        return chats.transcript(chats.turns(record))
+    return "".join(parts_of(record))
+
+
+def parts_of(record: Record) -> tuple[str, str]:
+    """What a person reads of a record as the question and as the answer, which is empty where the model is to give it.
+
+    The answer of a chat is the assistant's last turn, that of a text all of it.
+    """
+    if "messages" in record:
+        turns = chats.turns(record)
+        answer = str(turns.pop()["content"]) if turns[-1]["role"] == chats.ASSISTANT else ""
+        return chats.transcript(turns), answer
+    if is_pair(record):
+        return str(record["prompt"]), str(record.get("completion") or "")  # given tokens need no completion
+    return "", str(record.get("text") or record.get("completion") or "")
 
 
 def _listed(documents: Documents) -> Sequence[str | HubDataset]:
@@ -214,21 +251,36 @@ def _streams(source: str | HubDataset) -> Iterator[Located]:
 
 
 def _undamaged(name: str, found: Located) -> Located:
-    """The records, a null in them being a field that is absent."""
+    """The records, each as `_usual`."""
     try:
         for where, record in found:
-            yield where, _without_nulls(record) if isinstance(record, dict) else record
-    except (OSError, pa.ArrowException) as error:
+            yield where, _usual(record)
+    except (OSError, OverflowError, pa.ArrowException) as error:
         raise InputError(f"{name}: cannot be read ({error}); write the damaged file again") from None
 
 
-def _without_nulls(record: Record) -> Record:
-    return {key: value for key, value in record.items() if value is not None}
+def _usual(record: Any) -> Any:
+    """A record as every source gives it: a null is a field that is absent, an id that is a whole number its digits."""
+    if not isinstance(record, dict):
+        return record
+    found = {key: value for key, value in record.items() if value is not None}
+    if "id" in found:
+        found["id"] = _digits(found["id"])
+    if isinstance(gold := found.get("gold_doc_ids"), list):
+        found["gold_doc_ids"] = list(map(_digits, gold))
+    return found
+
+
+def _digits(name: Any) -> Any:
+    return str(name) if isinstance(name, Integral) and not isinstance(name, bool) else name
 
 
 def _rows(path: Path) -> Located:
-    row = 0
-    for batch in _parquet(path).iter_batches(batch_size=4096):
+    row, file = 0, _parquet(path)
+    names = file.schema_arrow.names
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"{path}: two columns are named {twice[0]!r}; write it again with one of them")
+    for batch in file.iter_batches(batch_size=4096):
         for record in batch.to_pylist():
             row += 1
             yield f"{path}, row {row}", record
@@ -238,6 +290,8 @@ def _lines(path: Path) -> Located:
     """The lines of a jsonl file; one that is compressed is known by its name (.gz, .bz2, .zst)."""
     with io.BufferedReader(pa.input_stream(path)) as handle:
         for number, line in enumerate(handle, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 yield f"{path}:{number}", _parsed(line)
 
@@ -262,27 +316,47 @@ def _parquet(path: Path) -> pq.ParquetFile:
 
 
 def _hub(source: HubDataset) -> Located:
+    for number, row in enumerate(_loaded(source)):
+        yield f"dataset {source.dataset}, row {number}", _row(source, number, row)
+
+
+def _loaded(source: HubDataset) -> Iterable[Record]:
+    """The rows of the split that is named, of the hub or of a folder.
+
+    Raises:
+        InputError: it cannot be loaded, or has no such split.
+    """
     import datasets
 
+    folder = Path(source.dataset)
     try:
-        rows = datasets.load_dataset(source.dataset, source.name, split=source.split, streaming=True)
+        if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            rows: Iterable[Record] = datasets.load_dataset(
+                source.dataset, source.name, split=source.split, streaming=True
+            )
+            return rows
+        found: Any = datasets.load_from_disk(folder)  # what `save_to_disk` wrote: a dataset, or one of each split
     except Exception as error:
         raise InputError(f"dataset {source.dataset}: cannot be loaded: {error}") from None
-    for number, row in enumerate(rows):
-        yield f"dataset {source.dataset}, row {number}", _row(source, number, row)
+    splits = found if isinstance(found, dict) else {str(found.split or source.split): found}
+    if source.split not in splits:
+        raise InputError(f"dataset {source.dataset}: no split {source.split!r}; set `split` to one of {sorted(splits)}")
+    rows = splits[source.split]
+    return rows
 
 
 def _row(source: HubDataset, number: int, row: Record) -> Record:
     """A row of a dataset as a record: what is encoded and its id are of the named columns alone."""
-    paired = source.text == "text" and "text" not in row and {"prompt", "completion"} <= row.keys()
-    read = ("prompt", "completion") if paired else (source.text,)
-    missing = [name for name in (*read, source.id) if name is not None and name not in row]
-    if missing:
+    chat = source.text == "text" and "messages" in row
+    paired = not chat and source.text == "text" and {"prompt", "completion"} <= row.keys()
+    named = (None if chat or paired else source.text, source.id)
+    if missing := [name for name in named if name is not None and name not in row]:
         raise InputError(f"dataset {source.dataset}: no column {missing[0]!r}; it has {sorted(row)}")
     rest = {key: value for key, value in row.items() if key not in (*ENCODED, "id", source.text, source.id)}
-    encoded = {key: row[key] for key in read} if paired else {"text": row[source.text]}
+    read = ["messages"] if chat else [key for key in ("text", "prompt", "completion") if key in row]
+    encoded: Record = {key: row[key] for key in read} if chat or paired else {"text": row[source.text]}
     key = f"{source.dataset}/{source.split}/{number}" if source.id is None else row[source.id]
-    return {"id": None if key is None else str(key), **encoded, **rest}
+    return {"id": key, **encoded, **rest}
 
 
 def read_list(source: Path | Sequence[Record], check: Check = problem_of) -> list[Record]:

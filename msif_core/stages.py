@@ -13,10 +13,10 @@ from typing import Any, Self
 
 import torch
 
-from msif_core import corpus, models, storage, tracking, vocabulary
+from msif_core import corpus, models, storage, tokenizers, tracking, vocabulary
 from msif_core.config import Config
 from msif_core.errors import InputError
-from msif_core.meta_models import meta_model, window
+from msif_core.meta_models import LONGEST_WINDOW, meta_model, window
 from msif_core.workspace import Workspace
 
 Progress = Callable[[str, int, int], None]
@@ -84,10 +84,15 @@ class Stages:
         )
 
     def tokenizer(self, stage: str) -> Any:
-        """The stage's tokenizer, or None where the checkpoint has none."""
-        settings = self.config.stage(stage)
-        trusted = self.config.compute.trust_remote_code
-        return models.load_tokenizer(settings.model, revision=settings.revision, trust_remote_code=trusted)
+        """The stage's tokenizer, or None where the checkpoint has none.
+
+        Raises:
+            InputError: it cannot be loaded, or is not that of the stage's model.
+        """
+        settings, trusted = self.config.stage(stage), self.config.compute.trust_remote_code
+        found = tokenizers.load_tokenizer(settings.model, revision=settings.revision, trust_remote_code=trusted)
+        tokenizers.check_size(found, vocabulary.sizes(self.structure(stage), settings.task)[0], settings.model)
+        return found
 
     def structure(self, stage: str) -> torch.nn.Module:
         """The stage's model without weights."""
@@ -102,17 +107,17 @@ class Stages:
 
         The latter is less where positions start after the padding token's (RoBERTa), and huge where it is not known.
         """
-        positions = getattr(self.structure(stage).config, "max_position_embeddings", None) or 1024
+        positions = getattr(tracking.text_config(self.structure(stage)), "max_position_embeddings", None) or 1024
         return min(positions, getattr(self.tokenizer(stage), "model_max_length", positions))
 
     def max_length(self, stage: str) -> int:
-        """Window length of the stage's documents in tokens: as configured, or the model's context.
+        """Window length of the stage's documents in tokens: as configured, or the model's context up to a limit.
 
         Raises:
             InputError: the model has fewer positions than are configured.
         """
         window(self.config, stage, self.structure(stage))  # refuses what is too long
-        return self.config.corpus.max_length or self.context(stage)
+        return self.config.corpus.max_length or min(self.context(stage), LONGEST_WINDOW)
 
     def query_length(self) -> int:
         """Longest query in tokens: what the last stage's model takes, however short the documents' windows are."""

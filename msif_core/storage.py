@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +20,70 @@ from msif_core.errors import InputError
 LOCK = ".tmp-lock-"
 """How the names of locks begin."""
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
+"""What NumPy says of a full disk."""
+
+
+@contextmanager
+def told(folder: Path) -> Iterator[None]:
+    """Within, say in one sentence that a file could not be written to `folder`, whichever library was to write it.
+
+    Raises:
+        InputError: the disk is full, or the folder cannot be written to.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if (problem := hindrance(error, folder)) is None:
+            raise
+        raise InputError(problem) from error
+
+
+def hindrance(error: BaseException, folder: Path) -> str | None:
+    """The sentence about a full disk, or about a `folder` that cannot be written to, if `error` comes from one.
+
+    Libraries that are not written in Python have error classes of their own; they quote the system's words.
+    """
+    names = (getattr(error, key, None) for key in ("filename2", "filename"))  # of a copy, the second is what is written
+    where = next((Path(name).absolute().parent for name in names if isinstance(name, str)), folder)
+    where = folder if where.is_relative_to(folder) else where
+    if (words := _words_of(error, FULL)) or SHORT_WRITE.search(str(error)):
+        return (
+            f"{where}: {words or os.strerror(errno.ENOSPC)}; make room (`msif prune CONFIG` drops what is no longer "
+            "used) or lift the limit, then run the same command again: it goes on where it stopped"
+        )
+    standing = next(part for part in (folder, *folder.absolute().parents) if part.exists())
+    if (words := _words_of(error, FORBIDDEN)) and not os.access(standing, os.W_OK):
+        return f"{standing}: cannot be written to ({words}); make it writable, or name another folder"
+    return None
+
+
+def _words_of(error: BaseException, numbers: tuple[int, ...]) -> str | None:
+    """The system's words for one of these numbers, if the error has the number or the words."""
+    known = {number: os.strerror(number) for number in numbers}
+    quoted = (words for words in known.values() if words in str(error))
+    return known.get(getattr(error, "errno", None) or 0) or next(quoted, None)
+
+
+def check_room(folder: Path, size: int = 1 << 24) -> None:
+    """Refuse a folder, made if need be, where so many bytes cannot be written.
+
+    Raises:
+        InputError: says why, and what to do.
+    """
+    probe = folder / f".tmp-{os.getpid()}-room"
+    with told(folder):
+        make_folder(folder)
+        try:
+            with open(probe, "wb") as handle:
+                handle.write(bytes(size))
+        finally:
+            probe.unlink(missing_ok=True)
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -25,42 +91,45 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     On an error nothing is left behind; after a kill a `.tmp-` file may remain and is never read.
     """
-    make_folder(path.parent)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with told(path.parent):
+        make_folder(path.parent)
+        try:
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """As `atomic_path`, for a folder that is written once; one that stands already is left as it is."""
-    make_folder(path.parent)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        yield temporary
-        for part in (*temporary.rglob("*"), temporary):
-            _sync(part)
-        if not path.exists():
-            os.rename(temporary, path)
-            _sync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with told(path.parent):
+        make_folder(path.parent)
+        try:
+            yield temporary
+            for part in (*temporary.rglob("*"), temporary):
+                _sync(part)
+            if not path.exists():
+                os.rename(temporary, path)
+                _sync(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def make_folder(path: Path) -> None:
     """Make a folder that may stand already, and those above it.
 
     Raises:
-        InputError: one of them is a file.
+        InputError: one of them is a file, the disk is full, or the folder above cannot be written to.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        with told(path):
+            path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         file = next(part for part in (path, *path.parents) if part.is_file())
         raise InputError(f"{file}: a file, where a folder is to be; move it away, or name another folder") from None
@@ -167,9 +236,12 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
 
     Raises:
         BusyError: somebody else holds it, and this is not to `wait`.
+        InputError: the lock cannot be written.
     """
     make_folder(path.parent)
     lock = lock_of(path)
+    with told(path.parent):
+        lock.touch()
     with open(lock, "ab") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -252,19 +252,16 @@ def _load(source: str | Path) -> torch.nn.Module:
 
 
 def _save(model: Any, tokenizer: Any, out: Path, record: dict[str, Any]) -> None:
-    """Write the folder under a temporary name, sync it, then move it to `out`."""
-    storage.make_folder(out.parent)
-    temporary = out.with_name(f".tmp-{os.getpid()}-{out.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(temporary)
-    storage.write_json(temporary / RECORD, record)
-    for path in temporary.iterdir():
-        with open(path, "rb") as handle:
-            os.fsync(handle.fileno())
+    """Write the folder whole, then let it take the place of the one before."""
+    replacement = out.with_name(f".tmp-{os.getpid()}-new-{out.name}")
+    shutil.rmtree(replacement, ignore_errors=True)  # of a process with this number that was killed
+    with storage.atomic_folder(replacement) as temporary:
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        storage.write_json(temporary / RECORD, record)
     if out.exists():
         old = out.with_name(f".tmp-{os.getpid()}-old-{out.name}")
         os.replace(out, old)
         shutil.rmtree(old, ignore_errors=True)
-    os.replace(temporary, out)
+    os.replace(replacement, out)

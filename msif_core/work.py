@@ -18,11 +18,12 @@ EIGH_FLOPS = 9.0
 
 @dataclass(frozen=True)
 class Work:
-    """One stage's model and maps, and how long a sequence is."""
+    """One stage's model and maps, how long a sequence is, and how long one may be: what memory is held for."""
 
     model: nn.Module
     maps: list[TrackedMap]
     tokens: float
+    longest: int = 0
 
     @property
     def tracked(self) -> int:

@@ -12,6 +12,17 @@ from msif_core import storage
 from msif_core.errors import InputError
 
 
+def check_name(folder: Path) -> Path:
+    """The folder, unless the catalog could not name its files.
+
+    Raises:
+        ValueError: there is a backslash in its path.
+    """
+    if "\\" in str(folder.absolute()):
+        raise ValueError("DuckDB takes a backslash in a path for a slash; name a folder without one")
+    return folder
+
+
 @dataclass(frozen=True)
 class Workspace:
     """Paths of the workspace `root`; makes no folder and opens no file but the CURRENT pointer."""

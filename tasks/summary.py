@@ -20,6 +20,7 @@ def generation(manifest: Row, headline: str, folder: Path, published: bool) -> s
     facts = {
         "published": "yes" if published else "**no**",
         "sequences": f"{manifest['n_sequences']:,}",
+        **{f"tokens of {stage}": tokens(found) for stage, found in manifest.get("tokens", {}).items()},
         "index": f"{manifest['index_bytes'] / 1e6:,.1f} MB",
         "bytes per sequence": f"{recall['bytes_per_sequence']:,.0f}" if "bytes_per_sequence" in recall else "",
         "seconds to publish": f"{manifest['seconds']:,.1f}" if "seconds" in manifest else "",
@@ -50,6 +51,15 @@ def generation(manifest: Row, headline: str, folder: Path, published: bool) -> s
         rows = [(name, *(f"{v[key]:.2f}" for key in ("trace", "difference", "noise"))) for name, v in named]
         parts += ["## Drift of the pinned factors", table(head, rows)]
     return "\n\n".join([*parts, f"Files: [{folder.name}]({folder.as_uri()}), `{folder}`"])
+
+
+def tokens(found: Row) -> str:
+    """How a stage's documents were encoded: its windows, and what of them the tokenizer does not know."""
+    text, unknown = f"windows of {found['max_length']:,} at most", found["unknown"]
+    if unknown is None:
+        return text
+    example = f", for example {unknown['example']!r} of {unknown['document']!r}" if unknown["share"] else ""
+    return f"{text}; {unknown['share']:.2%} unknown to the tokenizer{example}"
 
 
 def attribution(found: Attribution, page: Path) -> str:

@@ -31,6 +31,8 @@ def _flock(config: Config, kind: int) -> Iterator[None]:
     """The workspace's file of turns, locked; the system frees it when its holder dies."""
     path = config.workspace / "turns"
     storage.make_folder(path.parent)
+    with storage.told(path.parent):
+        path.touch()
     with open(path, "ab") as handle:
         fcntl.flock(handle, kind)
         yield

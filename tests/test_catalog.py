@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,10 @@ import pyarrow as pa
 import pytest
 
 from msif_core import catalog
+from msif_core.config import Config
 from msif_core.errors import InputError
+from msif_core.pipeline import Pipeline
+from tests.tiny_project import asked, column
 from tests.workspace_fixture import MAPS, write_attribution, write_workspace
 
 
@@ -88,6 +92,9 @@ def test_values(workspace: Path) -> None:
         ("PRAGMA version", "only SELECT"),
         ("SELECT 1; SELECT 2", "expected one SELECT statement, got 2"),
         ("-- nothing", "expected one SELECT statement, got 0"),
+        ("COPY (PIVOT documents ON source USING count(*)) TO 'x.csv'", "only SELECT .*; a PIVOT may be one"),
+        ("CREATE TABLE x AS PIVOT documents ON source USING count(*)", "only SELECT"),
+        ("PIVOT documents ON source USING count(*); SELECT 1", "expected one SELECT statement, got 2"),
         ("SELEC 1", "syntax error"),
         ("SELECT * FROM nowhere", "nowhere"),
         ("SELECT * FROM rows_of_python", "rows_of_python"),
@@ -103,6 +110,53 @@ def test_only_select(workspace: Path, sql: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         catalog.query(workspace, sql)
     assert sorted(workspace.rglob("*")) == before
+
+
+PIVOT = "PIVOT (SELECT stage, source FROM documents) ON source USING count(*) ORDER BY stage DESC"
+
+
+@pytest.mark.parametrize(
+    "sql", [PIVOT, PIVOT + ";\n", f"SELECT * FROM ({PIVOT})", f"WITH p AS ({PIVOT}) FROM p -- all"]
+)
+def test_a_pivot_is_answered(workspace: Path, sql: str) -> None:
+    assert catalog.query(workspace, sql).to_pylist() == [
+        {"stage": "pretrain", "shakespeare": 20, "wordnet": 20},
+        {"stage": "finetune", "shakespeare": 4, "wordnet": 4},
+    ]
+
+
+def test_a_statement_with_a_pivot_has_its_parameters(workspace: Path) -> None:
+    with pytest.raises(InputError, match=r"a PIVOT has to name its columns: PIVOT \.\.\. ON x IN"):
+        catalog.query(workspace, f"SELECT * FROM ({PIVOT}) WHERE stage = $stage", {"stage": "finetune"})
+    named = PIVOT.replace("ON source", "ON source IN ('wordnet')")
+    sql = f"SELECT * FROM ({named}) WHERE stage = $stage"
+    assert catalog.query(workspace, sql, {"stage": "finetune"})["wordnet"].to_pylist() == [4]
+
+
+NAMES = ["ws[v1]", "ws 100%#1?x*y", "?", "*", "[!a]'\"", "[", "{a,b}:;~$HOME", "ключ\n字"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_of_a_folder_will_do(tmp_path: Path, name: str) -> None:
+    for sibling in ("v", "wsv", "ws 100%#1.x.y"):  # what the name would match as a pattern
+        write_attribution(tmp_path / sibling, "20260102-000000-bbbbbb", [f"pr-{i:04d}" for i in range(60)])
+    root = write_workspace(tmp_path / name)
+    catalog.publish(root)
+    for view, rows in VIEWS.items():
+        assert catalog.query(root, f"SELECT count(*) AS n FROM {view}")["n"].to_pylist() == [rows], view
+    assert catalog.query(root, "SELECT DISTINCT run_id FROM influences").num_rows == 1
+    assert sorted(path.name for path in (root / "catalog").iterdir()) == ["CURRENT", "catalog-1.duckdb"]
+
+
+def test_a_build_in_a_folder_of_any_name(project: Path, tmp_path: Path) -> None:
+    settings = json.loads(project.read_text()) | {"workspace": str(tmp_path / "ws [v1] 100%#1?x*y")}
+    pipeline = Pipeline(Config.model_validate(settings))
+    pipeline.run()
+    answered = pipeline.attribute(asked(project)[:1])
+    pipeline.publish_catalog()
+    assert column(pipeline, "SELECT DISTINCT run_id FROM answers", "run_id") == [answered.run_id]
+    answered.to_html(answered.folder / "page.html")
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "documents.jsonl", "ws [v1] 100%#1?x*y"}
 
 
 def test_the_workspace_and_nothing_else_is_readable(workspace: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_every_command_has_a_help_line() -> None:
     commands = {
         command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback
     }
-    expected = "demo run attribute score rebuild sql evaluate plan report rollback prune serve settings"
+    expected = "demo run attribute score tokens rebuild sql evaluate plan report rollback prune serve settings"
     assert commands == set(expected.split())
     for name in commands:
         assert name in shown.output

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
-from rich.console import Console
 
+from flows.plain_console import PlainConsole
 from flows.show_results import print_comparison
 from msif_core.config import Config
 from msif_core.errors import InputError
@@ -56,7 +56,7 @@ def test_the_error_is_that_of_the_mean_of_a_few_queries_and_none_of_one() -> Non
 def test_one_query_is_shown_without_an_error(pipeline: Pipeline, tmp_path: Path) -> None:
     result = compare(asking(pipeline, tmp_path, held_out(pipeline)[0]), 0.02)
     assert by_method(result)["multi-stage influence"]["loss_change_error"] is None
-    console = Console(file=io.StringIO(), width=200)
+    console = PlainConsole(file=io.StringIO(), width=200)
     print_comparison(result, console)
     assert "±" not in console.file.getvalue()  # type: ignore[attr-defined]
 

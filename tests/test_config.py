@@ -37,6 +37,10 @@ def test_paths_may_start_at_home(tmp_path, monkeypatch):
     [
         ("workspace: [", "not valid YAML"),
         ("just text", "expected a mapping"),
+        (
+            GOOD.replace("workspace: ", "workspace: a\\\\b"),
+            r"\n  workspace: .*DuckDB takes a backslash in a path for a slash",
+        ),
         (GOOD + "colour: blue\n", r"\n  colour: unknown key; known here: workspace, stages, attribute_to, queries, "),
         (GOOD + "index: {size: 1}\n", r"\n  index.size: unknown key; known here: kind, bits, "),
         (GOOD.replace("tau: 2.0", "t: 2"), r"\n  stages.1.filter.t: unknown key; known here: kind, damping, tau, "),

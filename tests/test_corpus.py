@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from msif_core import corpus, dealing, encoding
+from msif_core import corpus, dealing, encoding, tokenizers
 from msif_core.config import HubDataset
 from msif_core.errors import InputError
 from tests.words import build, documents, read_all, word_tokenizer, words, write_jsonl
@@ -104,7 +104,7 @@ def test_a_dataset_without_a_named_id_goes_by_row_numbers(tmp_path: Path, tokeni
 
 
 def test_a_dataset_without_a_text_column_may_have_prompts_and_completions(tmp_path: Path, tokenizer: Any):
-    found = [{"id": "a", "prompt": "w1 w2", "completion": "w3"}]
+    found = [{"id": "a", "prompt": "w1 w2", "completion": " w3"}]
     build(hub(tmp_path / "hub", found, id="id"), tmp_path / "c", tokenizer)
     [labels] = corpus.sequences_of_documents(tmp_path / "c", ["a"]).labels
     assert labels.tolist() == [-100, -100, 3, 0]
@@ -139,9 +139,9 @@ def test_a_second_run_does_nothing(tmp_path: Path, tokenizer: Any, monkeypatch: 
 
 
 def test_the_tokenizer_s_last_call_does_not_make_it_another(tmp_path: Path, tokenizer: Any):
-    before = encoding.tokenizer_fingerprint(tokenizer)
+    before = tokenizers.tokenizer_fingerprint(tokenizer)
     tokenizer("w1 w2 w3", truncation=True, max_length=2)
-    assert encoding.tokenizer_fingerprint(tokenizer) == before
+    assert tokenizers.tokenizer_fingerprint(tokenizer) == before
 
 
 def test_a_changed_document_changes_its_shard_alone(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):

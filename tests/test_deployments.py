@@ -45,6 +45,11 @@ def test_the_same_deployments_for_a_pool_and_for_serve() -> None:
     assert not any(deployment.schedules for deployment in deployments(CONFIG, "demo"))
 
 
+def test_a_workspace_may_have_any_name() -> None:
+    name = cli.deployment_name(Path("runs/ws [v1] 100%#1?x*y & <z>"))
+    assert {made.name for made in deployments(CONFIG, name)} == {"ws [v1] 100-#1?x-y - -z-"}
+
+
 def test_a_path_may_hold_what_means_something_in_yaml() -> None:
     path = Path('/data/a "quoted" one: #1/config.yaml')
     assert [d.parameters for d in deployments(path, "demo")] == [{"config": str(path)}] * len(

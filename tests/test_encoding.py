@@ -28,14 +28,16 @@ def test_a_last_window_without_a_target_is_left_out(tokenizer: Any):
 
 
 def test_the_loss_is_on_the_completion_and_its_end(tokenizer: Any):
-    [[(ids, labels)]] = encoding.encode([{"id": "a", "prompt": "w1 w2", "completion": "w3"}], tokenizer, 8, "causal_lm")
+    [[(ids, labels)]] = encoding.encode(
+        [{"id": "a", "prompt": "w1 w2", "completion": " w3"}], tokenizer, 8, "causal_lm"
+    )
     assert ids == [1, 2, 3, END]
     assert labels == [IGNORED, IGNORED, 3, END]
 
 
 @pytest.mark.parametrize(("prompt", "completion"), [(20, 3), (3, 20), (20, 20), (0, 5)])
 def test_a_long_prompt_loses_its_beginning_never_the_completion_s(tokenizer: Any, prompt: int, completion: int):
-    record = {"id": "a", "prompt": words(prompt), "completion": words(completion, 30)}
+    record = {"id": "a", "prompt": words(prompt), "completion": " " + words(completion, 30)}
     [[(ids, labels)]] = encoding.encode([record], tokenizer, 8, "causal_lm")
     assert len(ids) == len(labels) <= 8
     targets = [label for label in labels if label != IGNORED]
@@ -47,7 +49,7 @@ def test_records_of_all_kinds_are_encoded_together_as_one_by_one(tokenizer: Any)
     found = [
         {"id": "a", "text": words(7)},
         {"id": "b", "input_ids": [1, 2, 3]},
-        {"id": "c", "prompt": "w1 w2", "completion": "w3"},
+        {"id": "c", "prompt": "w1 w2", "completion": " w3"},
         {"id": "d", "text": "w4 w5"},
     ]
     together = encoding.encode(found, tokenizer, 4, "causal_lm")

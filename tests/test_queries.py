@@ -14,9 +14,9 @@ from msif_core.errors import InputError
 from msif_core.queries import Queries, load_queries
 
 RECORDS: list[dict[str, Any]] = [
-    {"id": "q2", "prompt": "w1", "completion": "w2", "set": ["x"], "topic": "t"},
+    {"id": "q2", "prompt": "w1", "completion": " w2", "set": ["x"], "topic": "t"},
     {"id": "q1", "text": "w3 w4"},
-    {"id": "q3", "prompt": "w1", "completion": "w2", "contrast": "w5 w6", "set": ["y", "x"]},
+    {"id": "q3", "prompt": "w1", "completion": " w2", "contrast": " w5 w6", "set": ["y", "x"]},
 ]
 
 
@@ -37,7 +37,7 @@ def queries(tmp_path: Path, tokenizer: Any) -> Queries:
 def test_queries_keep_their_order_and_metadata(queries: Queries) -> None:
     assert queries.ids == ["q2", "q1", "q3", "x", "y"]
     assert queries.prompts == ["w1", "", "w1", "", ""]
-    assert queries.completions == ["w2", "w3 w4", "w2", "", ""]
+    assert queries.completions == [" w2", "w3 w4", " w2", "", ""]
     assert queries.metadata == [{"topic": "t"}, {}, {}, {}, {}]
     assert queries.members == [[], [], [], ["q2", "q3"], ["q3"]]
     assert [ids.tolist() for ids in queries.sequences.input_ids] == [[1, 2, 0], [3, 4, 0], [1, 2, 0], [1, 5, 6, 0]]
@@ -63,7 +63,7 @@ def test_a_prompt_alone_keeps_the_models_own_tokens(tokenizer: Any, completion: 
         asked.extend(prompts)
         return [[7, 8, 0] for _ in prompts]
 
-    record = {"id": "q", "prompt": "w1 w2 w3", "completion": completion, "contrast": "w9"}
+    record = {"id": "q", "prompt": "w1 w2 w3", "completion": completion, "contrast": " w9"}
     found = load_queries([record], tokenizer, 5, "causal_lm", complete)
     assert asked == [[1, 2, 3]]
     assert found.completions == ["w7 w8"]
@@ -87,7 +87,7 @@ def test_a_classification_contrasts_two_labels(tokenizer: Any) -> None:
     [
         ({"id": "q", "text": "w1 " * 20}, "query 'q' does not fit one window of 8 tokens; shorten it, or raise"),
         ({"id": "q", "prompt": "w1 " * 20, "completion": "w2"}, "query 'q' does not fit one window of 8 tokens"),
-        ({"id": "q", "prompt": "w1", "completion": "w2 " * 20}, "query 'q' does not fit one window of 8 tokens"),
+        ({"id": "q", "prompt": "w1", "completion": " w2" * 20}, "query 'q' does not fit one window of 8 tokens"),
         ({"id": "q", "input_ids": [3]}, "query 'q' has no token whose loss could be explained; give it more text"),
         ({"id": "q", "prompt": " "}, "record 1: empty prompt; write what the model should answer"),
         ({"id": "q", "text": "a b", "contrast": "c"}, "contrast must be another completion of its prompt"),
@@ -98,12 +98,12 @@ def test_a_classification_contrasts_two_labels(tokenizer: Any) -> None:
             "gold_doc_ids must be a list of documents' ids, each as text",
         ),
         (
-            {"id": "q", "text": "a b", "gold_doc_ids": [1]},
+            {"id": "q", "text": "a b", "gold_doc_ids": [1.5]},
             "gold_doc_ids must be a list of documents' ids, each as text",
         ),
         ({"id": "q", "prompt": "a \ud800"}, "record 1: a lone surrogate is no text; re-encode it"),
         ({"id": "q", "text": "a b", "by": ["\udfff"]}, "record 1: a lone surrogate is no text; re-encode it"),
-        ({"id": "q", "prompt": "a", "completion": "b", "set": "q"}, "set 'q' has the name of a query"),
+        ({"id": "q", "prompt": "a", "completion": " b", "set": "q"}, "set 'q' has the name of a query"),
     ],
 )
 def test_questions_that_cannot_be_asked(tokenizer: Any, record: dict[str, Any], message: str) -> None:

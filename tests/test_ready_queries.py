@@ -16,8 +16,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
 
+from flows.plain_console import PlainConsole
 from flows.show_rows import print_rows, write_rows
 from msif_core import catalog, storage
 from msif_core.attribution import Attribution
@@ -210,7 +210,9 @@ def test_rows_go_to_the_terminal_and_to_files(attribution: Attribution, tmp_path
     assert json.loads(found[0]["terms"]) == ["plum"]
     with pytest.raises(InputError, match=r"ends in \.csv or \.parquet"):
         write_rows(top, tmp_path / "x.xlsx")
-    terminal, pipe = (Console(file=io.StringIO(), width=80, force_terminal=t, color_system=None) for t in (True, False))
+    terminal, pipe = (
+        PlainConsole(file=io.StringIO(), width=80, force_terminal=t, color_system=None) for t in (True, False)
+    )
     for console in (terminal, pipe):
         print_rows(top, console)
         assert top["document_id"][0].as_py() in console.file.getvalue()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from msif_core import index, models, sharded, torchrun, tracking
+from msif_core import index, models, sharded, tokenizers, torchrun, tracking
 from msif_core.config import Config, CurvatureSettings
 from msif_core.curvature import fit
 from msif_core.errors import InputError
@@ -150,7 +150,10 @@ def test_a_document_that_is_not_finite_ends_the_step_with_its_name(tmp_path: Pat
     path = write_project(tmp_path)
     config = Config.load(path)
     source = config.stages[0].model
-    model, token = models.load_model(source), models.load_tokenizer(source).convert_tokens_to_ids("~")  # nowhere else
+    model, token = (
+        models.load_model(source),
+        tokenizers.load_tokenizer(source).convert_tokens_to_ids("~"),
+    )  # nowhere else
     with torch.no_grad():
         model.get_input_embeddings().weight[token] = torch.nan
     model.save_pretrained(source)

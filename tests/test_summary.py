@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from prefect.logging.handlers import PrefectConsoleHandler
-from rich.console import Console
 
+from flows.plain_console import PlainConsole
 from flows.terminal import Lines, quiet_log, steps_shown
 from msif_core.attribution import Attribution
 from msif_core.errors import InputError
@@ -31,6 +31,10 @@ def test_generation(tmp_path: Path) -> None:
     manifest: dict[str, Any] = {
         "generation": "g2", "parent": "g1", "n_sequences": 12345, "index_bytes": 2e6, "seconds": 3.25, "recall": RECALL,
         "factors": {"pretrain": "f1"},
+        "tokens": {
+            "pretrain": {"max_length": 2048, "unknown": {"share": 0.0123, "document": "d|1", "example": "☃"}},
+            "finetune": {"max_length": 128, "unknown": None},
+        },
         "changes": {"documents": {"added": 3, "removed": 1}, "sequences": {"sketched": 7, "removed": 1}},
         "drift": {"sequences": 256, **DRIFT, "maps": {"layers.0.dense": {**DRIFT, "difference": 0.5}}},
     }  # fmt: skip
@@ -39,6 +43,9 @@ def test_generation(tmp_path: Path) -> None:
     assert "| published | **no** |" in text
     assert "| sequences | 12,345 |" in text
     assert "| documents | 3 | 1 | – |" in text
+    example = "1.23% unknown to the tokenizer, for example '☃' of 'd\\|1'"
+    assert f"| tokens of pretrain | windows of 2,048 at most; {example} |" in text
+    assert "| tokens of finetune | windows of 128 at most |" in text
     assert "| 2.0% | 0.900 |" in text
     assert "| all maps, 256 sequences | 1.10 | 0.20 | 0.10 |" in text
     assert "| layers.0.dense | 1.10 | 0.50 | 0.10 |" in text
@@ -71,10 +78,10 @@ def test_cells_cannot_break_a_table() -> None:
 
 def test_plain_lines_where_there_is_no_terminal() -> None:
     output = io.StringIO()
-    with steps_shown(Console(file=output, width=100)), progress.whole("tokenize pretrain"):
+    with steps_shown(PlainConsole(file=output, width=100)), progress.whole("tokenize pretrain"):
         pass
     assert output.getvalue() == "tokenize pretrain: done in 0 s\n"
-    lines = Lines(Console(file=output, width=100), every=0.0)
+    lines = Lines(PlainConsole(file=output, width=100), every=0.0)
     for done in range(3):
         lines("sketch", done, 2)
     assert "sketch: 1 of 2 after 0 s, about 0 s left" in output.getvalue()
@@ -83,7 +90,7 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
 
 def test_bars_on_a_terminal() -> None:
     output = io.StringIO()
-    with steps_shown(Console(file=output, width=100, force_terminal=True)):
+    with steps_shown(PlainConsole(file=output, width=100, force_terminal=True)):
         for done in range(4):
             progress._listener("exact scores", done, 3)
     assert "exact scores" in output.getvalue()

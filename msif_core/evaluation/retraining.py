@@ -26,8 +26,8 @@ from msif_core.config import Config, Stage
 from msif_core.dealing import canonical_json
 from msif_core.demo import read
 from msif_core.errors import InputError
-from msif_core.models import load_tokenizer
 from msif_core.queries import Queries, check_single, load_queries
+from msif_core.tokenizers import load_tokenizer
 from msif_core.training import Architecture, new_model, optimize, sequence_losses, train_stage, train_tokenizer
 from msif_core.workspace import Workspace
 
@@ -106,7 +106,9 @@ class Retraining:
         stages = [(s.name, records.source_fingerprint(s.documents), s.training) for s in self.config.stages]
         recipes = [(name, data, training.model_dump() if training else None) for name, data, training in stages]
         queries = records.source_fingerprint(str(self.config.queries))
-        return storage.fingerprint(settings, recipes, queries, self.config.attribute_to, self.window)
+        return storage.fingerprint(
+            settings, recipes, queries, self.config.attribute_to, self.window, self.config.corpus.start
+        )
 
     @property
     def folder(self) -> Path:
@@ -184,14 +186,15 @@ class Retraining:
             InputError: a query is more than the loss of one completion.
         """
         source = Path(str(self.config.queries))
-        found = load_queries(source, self.tokenizer, self.window, "causal_lm", cut=True)
+        start = self.config.corpus.start
+        found = load_queries(source, self.tokenizer, self.window, "causal_lm", cut=True, start=start)
         check_single(found, str(source), "retraining")
         return found
 
     def sequences(self, stage: Stage) -> Sequences:
         """Sequences of a stage: of the pool, or all of its documents."""
         found = self.pool if stage.name == self.config.attribute_to else read(self.config, stage)
-        return corpus.encode_list(found, self.tokenizer, self.window, stage.task)[0]
+        return corpus.encode_list(found, self.tokenizer, self.window, stage.task, self.config.corpus.start)[0]
 
     # -- training ---------------------------------------------------------------------------------
 

@@ -80,8 +80,8 @@ class Grid:
 
 
 def split_name(name: str) -> tuple[int | None, str]:
-    """Layer number and kind of a map: "gpt_neox.layers.3.mlp.dense" is (3, "mlp.dense")."""
-    found = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
+    """Layer number and kind of a map: "gpt_neox.layers.3.mlp.dense" is (3, "mlp.dense"). Experts are of one kind."""
+    found = re.search(r"(?:^|\.)(\d+)\.(.+?)(?:\.\d+)?$", name)
     return (int(found[1]), found[2]) if found else (None, name)
 
 
