@@ -12,13 +12,12 @@ from transformers.pytorch_utils import Conv1D
 
 from msif_core import experts
 from msif_core.batching import IGNORED, Batch, Sequences, batches, sequence_fingerprint
-from msif_core.config import CurvatureSettings
 from msif_core.forward import forward
 from msif_core.losses import target_loss
 from msif_core.models import freeze
 from msif_core.module_calls import is_linear
 from msif_core.scoring import query_gradients
-from msif_core.tracking import TrackedMap, tracked_maps
+from msif_core.tracking import TrackedMap
 
 ROOMY = 10_000
 
@@ -45,7 +44,7 @@ class Comparison:
     missing: tuple[str, ...]
 
 
-def compare(model: Any, sequences: Sequences, batch_tokens: int = ROOMY) -> Comparison:
+def compare(model: Any, maps: list[TrackedMap], sequences: Sequences, batch_tokens: int = ROOMY) -> Comparison:
     """Compare a model's captured gradients of a few sequences with autograd's; freezes the model."""
     (batch,) = batches(sequences, ROOMY)
     if model._can_set_experts_implementation():
@@ -56,7 +55,6 @@ def compare(model: Any, sequences: Sequences, batch_tokens: int = ROOMY) -> Comp
         later = _later(model, batch)
         freeze(model)
         ours = forward(model, batch).logits[kept]
-    maps = tracked_maps(model, CurvatureSettings())
     single = [next(batches(sequences.take([i]), ROOMY)) for i in range(len(sequences))]
     alone = [parameter_gradients(model, one) for one in single]
     found = query_gradients(model, maps, sequences, batch_tokens, task="causal_lm")

@@ -61,6 +61,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "dots3_note_text": {"head_dim": 16},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
+    "llama4_text": {"moe_layers": [1]},
     "longcat_flash": {"qk_rope_head_dim": 4, "head_dim": 4, "qk_head_dim": 12, "zero_expert_num": 2},
     "mamba2": {"num_heads": 4, "head_dim": 8, "n_groups": 1},
     "mpt": {"attn_config": {"alibi": True}},
@@ -113,16 +114,20 @@ def causal_classes() -> list[tuple[type, type]]:
     return sorted(set(found), key=lambda pair: pair[0].model_type)
 
 
-def default_model(config: type) -> nn.Module:
-    """The model of the default configuration, without weights."""
+def default_config(config: type) -> Any:
+    """The default configuration, or as near to it as transformers makes a model of."""
+    return config(**DEFAULTS.get(config.model_type, {}))
+
+
+def without_weights(config: Any) -> nn.Module:
+    """The model of a configuration, without weights."""
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config(**DEFAULTS.get(config.model_type, {})))
+        return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def small_config(config: type) -> Any:
     """The default configuration with every size cut."""
-    given = DEFAULTS.get(config.model_type, {})
-    return config(**_cut(config(**given).to_dict()))
+    return config(**_cut(default_config(config).to_dict()))
 
 
 def small_model(config: type, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
@@ -153,6 +158,7 @@ def _cut(sizes: dict[str, Any]) -> dict[str, Any]:
     if depth is None:
         return found | SMALL.get(str(sizes.get("model_type")), {})
     by_layer = {n: v for n, v in sizes.items() if isinstance(v, list | tuple) and len(v) == sizes[depth] > 1}
+    by_layer.pop("moe_layers", None)  # numbers of layers
     own = {int(layer): values for layer, values in (sizes.get("per_layer_config") or {}).items()}
     kinds = [(*(v[i] for v in by_layer.values()), own.get(i)) for i in range(sizes[depth])]
     kept = [i for i, kind in enumerate(kinds) if kinds.index(kind) == i]

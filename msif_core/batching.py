@@ -62,6 +62,11 @@ class Batch:
     rows: npt.NDArray[np.int64]
 
 
+def whole_batch(ids: torch.Tensor) -> Batch:
+    """Texts of one length, ids [N, T], as a batch without padding; every token is a target."""
+    return Batch(ids, ids, torch.ones_like(ids), [""] * len(ids), np.arange(len(ids)))
+
+
 def batches(
     sequences: Sequences, batch_tokens: int, device: torch.device | str = "cpu", pad_id: int = 0
 ) -> Iterator[Batch]:

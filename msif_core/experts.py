@@ -221,6 +221,8 @@ def _llama4(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 def _jetmoe(self: Any, inputs: torch.Tensor, expert_size: list[int]) -> torch.Tensor:
     """Those of JetMoE: rows come sorted by expert; the router has noted their tokens."""
     (stack,) = stacks_of(self)
+    if inputs.is_meta:
+        return inputs.new_empty(len(inputs), stack.d_out)
     parts, tokens = inputs.split(expert_size), self.router.routed.split(expert_size)
     found = [
         _apply(self, stack, expert, rows, own)

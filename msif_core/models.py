@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -14,7 +13,7 @@ from torch import nn
 from transformers.utils import cached_file, find_adapter_config_file
 
 from msif_core import experts, storage, tracking
-from msif_core.batching import Batch
+from msif_core.batching import whole_batch
 from msif_core.checkpoint_cache import while_files_stay
 from msif_core.errors import InputError
 from msif_core.forward import forward
@@ -22,6 +21,9 @@ from msif_core.forward import forward
 if TYPE_CHECKING:
     pass
 
+
+LOOKS_AHEAD = 1e-3
+"""A dependence on later tokens that is more than rounding."""
 
 AUTO = {
     "causal_lm": transformers.AutoModelForCausalLM,
@@ -89,31 +91,47 @@ def check_causal(model: Any, source: str) -> None:
     Raises:
         InputError: says which.
     """
+    try:
+        later = _looks_ahead(model)
+    except Exception as error:  # a model's own code raises what it likes
+        raise InputError(f"{source}: {type(model).__name__} cannot be run on a text alone: {error}") from error
+    if later > LOOKS_AHEAD:
+        raise InputError(
+            f"{source}: {type(model).__name__} reads later tokens too, so it is no causal language model; if it was "
+            "trained as one, set is_decoder to true in its config.json"
+        )
+
+
+def _looks_ahead(model: Any) -> float:
+    """How much the logits of a text's first half depend on the embeddings of its second half, relative to the first.
+
+    By gradients, which masked positions do not have at all. Where a model embeds something else than its tokens, by
+    what another last token changes.
+    """
     embedding, seen = tracking.input_embedding(model), []
 
     def watch(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
         seen.append(output.detach().requires_grad_())
         return seen[-1].clone()
 
-    ids = torch.arange(8, device=next(model.parameters()).device)[None] % tracking.text_config(model).vocab_size
-    batch = Batch(ids, ids, torch.ones_like(ids), [""], np.arange(1))
+    tokens = tracking.text_config(model).vocab_size
+    ids = torch.arange(8, device=next(model.parameters()).device)[None] % tokens
     hook = None if embedding is None else embedding.register_forward_hook(watch)
     try:
         with torch.enable_grad():
-            first_half = forward(model, batch).logits[:, :4].float()
-            asked = first_half * torch.linspace(-1, 1, first_half.shape[-1], device=ids.device)
-            gradients = torch.autograd.grad(asked.sum(), seen, allow_unused=True) if seen else ()
-    except Exception as error:  # a model's own code raises what it likes
-        raise InputError(f"{source}: {type(model).__name__} cannot be run on a text alone: {error}") from error
+            first_half = forward(model, whole_batch(ids)).logits[:, :4].float()
     finally:
         if hook is not None:
             hook.remove()
-    for gradient in (g for g in gradients if g is not None and g.shape[:2] == ids.shape):
-        if gradient[:, 4:].abs().max() > 1e-3 * gradient[:, :4].abs().max():
-            raise InputError(
-                f"{source}: {type(model).__name__} reads later tokens too, so it is no causal language model; if it "
-                "was trained as one, set is_decoder to true in its config.json"
-            )
+    if len(seen) == 1 and seen[0].shape[:2] == ids.shape:
+        asked = first_half * torch.linspace(-1, 1, first_half.shape[-1], device=ids.device)
+        (gradient,) = torch.autograd.grad(asked.sum(), seen)
+        moved, scale = gradient[:, 4:], gradient[:, :4]
+    else:
+        others = torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % tokens], dim=1)
+        with torch.no_grad():
+            moved, scale = forward(model, whole_batch(others)).logits[:, :4].float() - first_half, first_half
+    return float(moved.abs().max() / scale.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def adapter_to_merge(source: str, revision: str | None, adapter: str) -> dict[str, Any] | None:

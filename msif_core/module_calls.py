@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import nn
+from torch.fx.experimental import _config as meta
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from msif_core import experts
-from msif_core.batching import Batch
+from msif_core.batching import whole_batch
 from msif_core.forward import forward
 
 ASKING = {getattr(torch.Tensor, f"__{name}__") for name in ("bool", "int", "float", "index")}
@@ -112,18 +112,24 @@ def run(model: Any, count: int, length: int) -> dict[str, list[tuple[torch.Size,
     hooks = [module.register_forward_hook(note(name)) for name, module in linear]
     device = next(model.parameters()).device
     ids = torch.ones(count, length, dtype=torch.int64, device=device)
-    batch = Batch(ids, ids, torch.ones_like(ids), [""] * count, np.arange(count))
+    batch = whole_batch(ids)
+    training = model.training
+    model.eval()  # as passes are
     try:
-        with torch.no_grad(), _Answers():
+        with torch.no_grad(), _Answers(), meta.patch(meta_nonzero_assume_all_nonzero=True):  # type: ignore[attr-defined]
             forward(model, batch)
     finally:
+        model.train(training)
         for hook in hooks:
             hook.remove()
     return found
 
 
 class _Answers(TorchFunctionMode):
-    """Ones for the values of tensors without any: most models ask whether their attention mask is set everywhere."""
+    """Ones for the values of tensors without any: most models ask whether their attention mask is set everywhere.
+
+    The same for places that are not zero is a setting of torch.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in ASKING and args[0].is_meta:

@@ -239,12 +239,11 @@ def _input_group(model: nn.Module, name: str, has_bias: bool, calls: ModuleCalls
     """The name of what the map reads: its own, or one that it shares with the maps beside it that read the same."""
     parent, _, leaf = name.rpartition(".")
     siblings = next((s for s in SIBLINGS if leaf in s), None)
-    if siblings is None:
+    if siblings is None or calls is None:
         return name
-    if calls is not None:
-        beside = {f"{parent}.{other}" for other in siblings if hasattr(model.get_submodule(parent), other)}
-        if any(other not in calls or calls[other].inputs != calls[name].inputs for other in beside):
-            return name
+    beside = {f"{parent}.{other}" for other in siblings if hasattr(model.get_submodule(parent), other)}
+    if any(other not in calls or calls[other].inputs != calls[name].inputs for other in beside):
+        return name
     # A sibling without a bias has another homogeneous input.
     return f"{parent}.{'+'.join(sorted(siblings))}" + ("+1" if has_bias else "")
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from benchmarks import small_models
 from msif_core.config import CurvatureSettings
 from msif_core.coverage import Coverage, coverage_of
 from msif_core.module_calls import module_calls
@@ -97,6 +98,16 @@ def test_layouts_are_known_without_weights() -> None:
     assert {n: c.layout for n, c in calls.items()} == {n: c.layout for n, c in weighed.items()}
     assert calls["model.decoder.layers.0.self_attn.q_proj"].layout == ("N", "T")
     assert calls["model.decoder.layers.0.fc1"].layout == ("NT",)
+
+
+@pytest.mark.parametrize("name", ["gemma3n_text", "jetmoe", "qwen4_exp_text"])
+def test_maps_without_weights_are_those_with_them(name: str) -> None:
+    """Code that training alone runs, that cuts rows by counts, and that asks which values are not zero."""
+    config = transformers.CONFIG_MAPPING[name]
+    structure = small_models.without_weights(small_models.small_config(config))
+    model = small_models.small_model(config)
+    assert tracked_maps(structure, CurvatureSettings()) == tracked_maps(model, CurvatureSettings())
+    assert structure.training, "the run leaves the mode as it was"
 
 
 def test_blocks_that_share_their_weights_are_one_map() -> None:
