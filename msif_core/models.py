@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     pass
 
 
-LOOKS_AHEAD = 1e-3
+LOOKS_AHEAD = 1e-5
 """A dependence on later tokens that is more than rounding."""
 
 AUTO = {
