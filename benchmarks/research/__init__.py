@@ -1,0 +1,1 @@
+"""One-off studies behind the reports in docs: each module says what it finds out and what it takes."""
