@@ -100,8 +100,10 @@ class _Pass:
                     "leave it out of curvature.include"
                 )
             tokens = positions(tracked.layout, a, n, t)
-            none = torch.zeros(a.shape[:2], dtype=torch.int64, device=a.device)
-            call = _Call(a, self._mask(tokens), none if tokens is None else tokens)
+            mask = self._mask(tokens)
+            if tokens is None:
+                tokens = torch.zeros(a.shape[:2], dtype=torch.int64, device=a.device)
+            call = _Call(a, mask, tokens)
             return self._add(tracked, call, x, output, lambda d: arrange(d, tracked.layout, n, t))
 
         return called
