@@ -10,7 +10,8 @@ def what_changed(before: dict[str, Any] | None, after: dict[str, Any], withheld:
     """
     if before is not None and before["generation"] == after["generation"]:
         return f"nothing changed: generation {after['generation']} stays published"
-    case = f"{_case(before, after)}; {saved(after['changes'])}{drifted(after.get('drift') or {})}"
+    kept = before is not None and before["factors"] == after["factors"]
+    case = f"{_case(before, after)}; {saved(after['changes'])}{drifted(after.get('drift') or {}) if kept else ''}"
     if withheld is not None:
         return f"{case}; {withheld}" + (f", {before['generation']} stays published" if before else "")
     return f"{case}; generation {after['generation']} " + (

@@ -101,7 +101,7 @@ def run(config: ConfigFile, keep_server: KeepServer = False) -> None:
         built = build_index(settings)
     print_coverage(settings, console)
     print_change(settings, before, built, console)
-    print_encoding(built, console)
+    print_encoding(settings, built, console)
     print_recall(settings, console)
 
 

@@ -54,10 +54,11 @@ def print_change(config: Config, before: dict[str, Any] | None, built: Path, con
     console.print(change[0].upper() + change[1:])
 
 
-def print_encoding(built: Path, console: PlainConsole) -> None:
+def print_encoding(config: Config, built: Path, console: PlainConsole) -> None:
     """The windows of each stage, and what of its documents its tokenizer does not know."""
-    for stage, found in storage.read_json(built / "manifest.json").get("tokens", {}).items():
-        console.print(f"Tokens of {stage}: {tokens(found)}")
+    found = storage.read_json(built / "manifest.json").get("tokens", {})
+    for stage in (stage.name for stage in config.stages if stage.name in found):
+        console.print(f"Stage {stage}: {tokens(found[stage])}.")
 
 
 def print_recall(config: Config, console: PlainConsole) -> None:

@@ -150,7 +150,8 @@ class _Pass:
         if not torch.is_grad_enabled():  # the model's own code leaves this call out of its gradient
             return output
         calls = self.calls.setdefault(tracked.name, [])
-        memory = (x.data_ptr(), x.shape, x.stride())  # not the tensor, which is freed when it is consumed
+        # A guard, and no proof: not the tensor itself, as that is to be freed when it is consumed.
+        memory = (x.data_ptr(), x.shape, x.stride())
         if memory != self.read.setdefault((tracked.input_group, len(calls)), memory):
             raise InputError(
                 f"{tracked.name}: reads another input than the maps that it shares one with elsewhere; leave it "

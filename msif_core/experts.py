@@ -94,7 +94,10 @@ def routed_share(config: Any, count: int) -> float:
 
 
 def install(model: nn.Module) -> None:
-    """Let the model's experts run by the code below; a second call changes nothing."""
+    """Let the model's experts run by the code below; a second call changes nothing.
+
+    It sets the experts' implementation in the configuration that the modules hold, or replaces their `forward`.
+    """
     for module in model.modules():
         kind = type(module).__name__
         if kind in OWN:

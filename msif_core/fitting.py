@@ -19,6 +19,7 @@ from msif_core.coverage import LOW, coverage_of
 from msif_core.curvature import filters, fit
 from msif_core.curvature.factors import VERSION, Factors
 from msif_core.curvature.steps import Fit
+from msif_core.module_calls import module_calls
 from msif_core.stages import Stages
 
 
@@ -120,7 +121,7 @@ class Fitting(Stages):
             storage.free_first(range(parts), run)
         folder = self.combine_eigenvalues(stage)
         for remark in self.remarks(stage):
-            warnings.warn(remark, stacklevel=2)
+            warnings.warn(remark, stacklevel=3)
         return folder
 
     def reporting(self, name: str, step: Callable[[int], object], count: int) -> Callable[[int], None]:
@@ -167,6 +168,11 @@ class Fitting(Stages):
         coverage = coverage_of(self.structure(stage), maps)
         if coverage.share < LOW:
             found.append(coverage.told())
+        if module_calls(self.structure(stage)) is None:
+            found.append(
+                "the model cannot be tried on a short text without its weights, so every linear module is taken to be "
+                "reached by texts, and to read [sequences, tokens, features]"
+            )
         if whole := tracking.in_unknown_order(maps, self.config.curvature.qkv_split):
             found.append(
                 f"the order of query, key and value rows in {_some(whole)} is not known for this type of model, so "

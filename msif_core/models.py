@@ -1,10 +1,10 @@
-"""A stage's model, and the linear maps of it that are tracked."""
+"""A stage's model: read from its checkpoint, and refused by name where it cannot be attributed with."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -17,10 +17,6 @@ from msif_core.batching import whole_batch
 from msif_core.checkpoint_cache import while_files_stay
 from msif_core.errors import InputError
 from msif_core.forward import forward
-
-if TYPE_CHECKING:
-    pass
-
 
 LOOKS_AHEAD = 1e-5
 """A dependence on later tokens that is more than rounding."""
@@ -52,7 +48,7 @@ def load_model(
     Raises:
         InputError: there is no such checkpoint, or it has no safetensors, lacks weights, is quantized, is no causal
             language model where the task needs one, or is an adapter that is not to be merged, or cannot be.
-    """  # fmt: skip
+    """
     model = freeze(_merged(source, revision, adapter, (dtype, task, trust_remote_code, attention)).to(device), tf32)
     if task == "causal_lm":
         check_causal(model, source)
@@ -140,6 +136,7 @@ def adapter_to_merge(source: str, revision: str | None, adapter: str) -> dict[st
     Raises:
         InputError: it is an adapter, and to be refused.
     """
+    check_source(source)
     settings = adapter_settings(source, revision)
     if settings is not None and adapter != "merge":
         raise InputError(
@@ -171,7 +168,7 @@ def _read_checkpoint(
         raise _damaged(source, error) from None
     except ImportError as error:
         raise needs_package(source, error) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{source}: no model can be loaded from it: {error}") from None
     if loaded["missing_keys"]:
         raise InputError(
@@ -195,6 +192,18 @@ def needs_package(source: str, error: ImportError) -> InputError:
     )
 
 
+def check_source(source: str) -> None:
+    """Refuse what is meant as a folder and is none, before a hub is asked for it.
+
+    Raises:
+        InputError: the path is absolute, leads through folders that are there, or has too many parts for a hub's id.
+    """
+    path = Path(source)
+    through = path.parent != Path(".") and path.parent.is_dir()
+    if not path.exists() and (path.is_absolute() or source.startswith(".") or source.count("/") > 1 or through):
+        raise InputError(f"{source}: no such folder; name a checkpoint's folder, or a model of the hub (owner/name)")
+
+
 def read_configuration(source: str, revision: str | None, task: str, trust_remote_code: bool) -> Any:
     """A checkpoint's configuration.
 
@@ -202,6 +211,7 @@ def read_configuration(source: str, revision: str | None, task: str, trust_remot
         InputError: there is none, it needs code of its own that is not to be run, its weights are quantized, or it is
             of an encoder-decoder, or of no model for the task.
     """
+    check_source(source)
     try:
         settings = transformers.AutoConfig.from_pretrained(
             source, revision=revision or "main", trust_remote_code=trust_remote_code
@@ -230,8 +240,8 @@ def read_configuration(source: str, revision: str | None, task: str, trust_remot
         )
     mapped = type(settings) in AUTO[task]._model_mapping
     if not mapped and not (trust_remote_code and hasattr(settings, "auto_map")):
-        kind = "causal language model" if task == "causal_lm" else "sequence classifier"
-        raise InputError(f"{source}: transformers has no {kind} of type {settings.model_type!r}; is its task {task}?")
+        kind = "language model that continues a text" if task == "causal_lm" else "classifier of texts"
+        raise InputError(f"{source}: transformers has no {kind} of type {settings.model_type!r}; name another model")
     return settings
 
 

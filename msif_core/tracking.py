@@ -30,7 +30,11 @@ WIDEST_BLOCK = 4096
 
 @dataclass(frozen=True)
 class Blocks:
-    """Output rows of a map that lie as [dealt, count, rows of a block / dealt]."""
+    """How the output rows of a map form `count` blocks: they lie as [dealt, count, rows of a block / dealt].
+
+    GPT-2's [queries | keys | values] are 3 blocks, dealt once. GPT-NeoX has a query, a key and a value of every head in
+    turn: 3 blocks, dealt out to as many heads as there are.
+    """
 
     count: int
     dealt: int = 1
@@ -39,16 +43,16 @@ class Blocks:
 WHOLE = Blocks(1)
 
 
+def _one_key_or_many(config: Any) -> Blocks:
+    """All queries, then the one key and value that they share; or each head's query, key and value."""
+    heads = config.num_attention_heads
+    return Blocks(heads + 2) if config.multi_query else Blocks(3, heads)
+
+
 def _falcon(config: Any) -> Blocks:
     if config.new_decoder_architecture:  # of every group of keys: its queries, one key, one value
         return Blocks(config.num_attention_heads // config.num_kv_heads + 2, config.num_kv_heads)
-    heads = config.num_attention_heads
-    return Blocks(heads + 2) if config.multi_query else Blocks(3, heads)
-
-
-def _bigcode(config: Any) -> Blocks:
-    heads = config.num_attention_heads
-    return Blocks(heads + 2) if config.multi_query else Blocks(3, heads)
+    return _one_key_or_many(config)
 
 
 FUSED: dict[tuple[str, str], Callable[[Any], Blocks]] = {
@@ -58,7 +62,7 @@ FUSED: dict[tuple[str, str], Callable[[Any], Blocks]] = {
     ("mpt", "Wqkv"): lambda config: Blocks(3),
     ("codegen", "qkv_proj"): lambda config: Blocks(3, 4),  # cut for four accelerators, whatever the heads
     ("phi3", "qkv_proj"): lambda config: Blocks(config.num_attention_heads // config.num_key_value_heads + 2),
-    ("gpt_bigcode", "c_attn"): _bigcode,
+    ("gpt_bigcode", "c_attn"): _one_key_or_many,
     ("falcon", "query_key_value"): _falcon,
 }
 """Blocks of maps that hold queries, keys and values in one matrix, by model type and name: each model's own code.

@@ -55,7 +55,7 @@ def generation(manifest: Row, headline: str, folder: Path, published: bool) -> s
 
 def tokens(found: Row) -> str:
     """How a stage's documents were encoded: its windows, and what of them the tokenizer does not know."""
-    text, unknown = f"windows of {found['max_length']:,} at most", found["unknown"]
+    text, unknown = f"sequences of at most {found['max_length']:,} tokens", found["unknown"]
     if unknown is None:
         return text
     example = f", for example {unknown['example']!r} of {unknown['document']!r}" if unknown["share"] else ""

@@ -62,7 +62,7 @@ def test_encoder_decoders_are_refused(tmp_path: Path, kind: str) -> None:
 
 def test_a_type_without_a_language_model_is_refused(tmp_path: Path) -> None:
     transformers.ViTConfig().save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="no causal language model of type 'vit'; is its task causal_lm"):
+    with pytest.raises(InputError, match="no language model that continues a text of type 'vit'; name another model"):
         structure(str(tmp_path))
 
 
@@ -113,3 +113,17 @@ def test_a_configuration_that_contradicts_itself_is_named(tmp_path: Path) -> Non
             InputError, match=rf"{re.escape(source)}: .*not a multiple of the number of attention heads"
         ):
             read(source)
+
+
+@pytest.mark.parametrize("name", ["{}/missing", "./missing", "runs/models/mine"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_a_hub(tmp_path: Path, name: str) -> None:
+    source = name.format(tmp_path)
+    for read in (load_model, structure):
+        with pytest.raises(InputError, match=f"{re.escape(source)}: no such folder"):
+            read(source)
+
+
+def test_weights_of_another_shape_are_named(tmp_path: Path) -> None:
+    source = saved(tmp_path, make_model("llama", dtype=torch.float32), vocab_size=20)
+    with pytest.raises(InputError, match=f"{re.escape(source)}: no model can be loaded from it: .*size"):
+        load_model(source)

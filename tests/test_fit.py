@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from msif_core import storage
@@ -22,9 +23,10 @@ from msif_core.curvature.gradients import PerSequenceGradients, RotatedGradients
 from msif_core.curvature.steps import Fit
 from msif_core.errors import InputError
 from msif_core.losses import Loss
+from msif_core.models import freeze
 from msif_core.randomness import uniforms
 from msif_core.tracking import TrackedMap, tracked_maps
-from tests.conftest import make_model, make_sequences
+from tests.conftest import VOCAB, make_model, make_sequences
 
 OPTIONS: dict[str, Any] = {"task": "causal_lm", "seed": 1, "batch_tokens": 40, "budget_gb": 1.0}
 PARTS = [make_sequences(6, 1), make_sequences(5, 2)]
@@ -326,3 +328,20 @@ def test_documents_with_gradients_that_are_not_finite_leave_the_sums(maps: list[
     poisoned(4, parts)
     with pytest.raises(InputError, match=r"document '.*' \(of 4 such"):
         Fit(model, maps, tmp_path / "most", **OPTIONS).covariances(1, parts[1])
+
+
+def test_a_model_that_padding_makes_nan_is_told_from_a_document_that_is(tmp_path: Path) -> None:
+    """In float64 the mask of Gemma 2's windows overflows where a padded row has nothing to attend to."""
+    config = transformers.Gemma2Config(
+        vocab_size=VOCAB, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=4,
+        intermediate_size=12, sliding_window=3, attn_implementation="eager",
+    )  # fmt: skip
+    model = freeze(transformers.Gemma2ForCausalLM(config).double())
+    maps = tracked_maps(model, CurvatureSettings())
+    sequences = make_sequences(6, lengths=(4, 12))
+    job = Fit(model, maps, tmp_path, "causal_lm", 0, batch_tokens=1000, budget_gb=1.0)
+    with pytest.raises(InputError, match=r"Gemma2ForCausalLM gives NaN for sequences that are padded.*batch_tokens: 1"):
+        job.covariances(0, sequences)
+    alone = Fit(model, maps, tmp_path, "causal_lm", 0, batch_tokens=1, budget_gb=1.0)
+    (path,) = alone.covariances(0, sequences)
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values())

@@ -44,8 +44,8 @@ def test_generation(tmp_path: Path) -> None:
     assert "| sequences | 12,345 |" in text
     assert "| documents | 3 | 1 | – |" in text
     example = "1.23% unknown to the tokenizer, for example '☃' of 'd\\|1'"
-    assert f"| tokens of pretrain | windows of 2,048 at most; {example} |" in text
-    assert "| tokens of finetune | windows of 128 at most |" in text
+    assert f"| tokens of pretrain | sequences of at most 2,048 tokens; {example} |" in text
+    assert "| tokens of finetune | sequences of at most 128 tokens |" in text
     assert "| 2.0% | 0.900 |" in text
     assert "| all maps, 256 sequences | 1.10 | 0.20 | 0.10 |" in text
     assert "| layers.0.dense | 1.10 | 0.50 | 0.10 |" in text

@@ -187,6 +187,20 @@ class Fit:
             raise InputError(f"{self.folder}: no sequence with a target fell into the fit's sample")
         return found
 
+    def _check_alone(self, sequences: Sequences, error: fit.NonFiniteError) -> None:
+        """Refuse a model whose gradients are not finite because of the padding beside a sequence.
+
+        Raises:
+            InputError: a sequence's gradients are finite when it is alone.
+        """
+        alone = fit.finite_sequences(self.model, self.maps, sequences, task=self.task, batch_tokens=0)
+        if alone.any():
+            raise InputError(
+                f"{type(self.model).__name__} gives NaN for sequences that are padded in their batch, which are finite "
+                f"alone (document {sequences.document_ids[int(np.argmax(alone))]!r}); set compute.dtype: float32, "
+                "compute.attention: sdpa, or compute.batch_tokens: 1"
+            ) from error
+
     def _finite(self, part: int, sequences: Sequences, sums: Callable[[Sequences], Sums]) -> tuple[Sequences, Sums]:
         """The sums over the sequences whose gradients are finite, and those sequences.
 
@@ -203,6 +217,7 @@ class Fit:
                 finite = fit.finite_sequences(
                     self.model, self.maps, kept, task=self.task, batch_tokens=self.batch_tokens
                 )
+                self._check_alone(kept.take(np.flatnonzero(~finite)), error)
                 finite[error.rows] = False
                 if 2 * int(finite.sum()) < len(sequences):
                     raise
