@@ -65,9 +65,11 @@ def print_recall(config: Config, console: PlainConsole) -> None:
     """What the published generation's retrieval was measured to find."""
     manifest = storage.read_json(Workspace(config.workspace.resolve()).current_generation() / "manifest.json")
     recall = manifest["recall"]
-    head, rows = retrieval.table(recall, errors=False)
+    head, rows = retrieval.table(recall, wide=False)
     if rows:
-        table = Table(*head, title="What retrieval finds, by the share taken", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table = Table(
+            *head, title="What retrieval finds, by the sequences taken", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        )
         for before, row in zip([None, *rows], rows, strict=False):
             table.add_row(row[0] if before is None or before[0] != row[0] else "", *row[1:])
         console.print(table)

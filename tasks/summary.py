@@ -37,7 +37,7 @@ def generation(manifest: Row, headline: str, folder: Path, published: bool) -> s
     if changes := manifest.get("changes"):
         parts += ["## What changed", table(("", *_columns(changes)), _rows(changes))]
     if told := retrieval.sentences(recall):
-        found = retrieval.table(recall, errors=True)
+        found = retrieval.table(recall, wide=True)
         verdict = told[0] if recall["verdict"] == "better" else f"**{told[0]}**"
         parts += ["## What retrieval finds", verdict, *([table(*found)] if found[1] else []), *told[1:]]
     if drift := manifest.get("drift"):

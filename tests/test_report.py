@@ -161,12 +161,12 @@ def test_page_shows_every_part(page: str, attribution: Attribution) -> None:
         "No candidate document lowers this query’s loss", "+ 1 near-duplicate<",
         "which of its tokens carry the score", "which tokens carry the score", "The completion it is compared with",
         "The model’s own answer, explained", "rather than", "A wild duck.", "Strongest:",
-        "Contributions by layer and kind of map", "exact top ten found", "0.95 ±0.01",
+        "Contributions by layer and kind of map", "exact top ten", "95.0% ±1.0",
         "0.1 × mean eigenvalue", "0.01 to 0.03",
         "<code>f1</code>", "<code>g2</code>",
         "proponent</b> more training on this document lowers", "mlp.<wbr>dense_<wbr>4h_<wbr>to_<wbr>h",
         "random documents", "<p>The gradient index finds more than chance.</p>",
-        '<th scope="row">exact top ten found</th><th scope="row">words (BM25)</th><td>0.50 ±0.01</td>',
+        '<th scope="row">exact top ten</th><th scope="row">words</th><td>50.0% ±1.0</td>',
     ):  # fmt: skip
         assert text in page, text
     for row in attribution.table.to_pylist():

@@ -249,10 +249,10 @@ def test_the_terminal_shows_a_table_and_the_verdict(built: Pipeline) -> None:
     shown = io.StringIO()
     print_recall(built.config, PlainConsole(file=shown, width=100, color_system=None))
     lines = shown.getvalue().splitlines()
-    assert sum("gradient index" in line for line in lines if line.startswith(" ")) == 4
+    assert sum("gradients" in line for line in lines if line.startswith(" ")) == 4
     recall = manifest(built.workspace.current_generation())["recall"]
     assert recall["told"] in " ".join(" ".join(lines).split())
-    assert retrieval.table({}, errors=True) == (["", ""], [])
+    assert retrieval.table({}, wide=True) == (["", ""], [])
 
 
 def test_without_words_the_index_is_measured_alone(tmp_path: Path) -> None:

@@ -47,9 +47,9 @@ def test_generation(tmp_path: Path) -> None:
     assert f"| tokens of pretrain | windows of 2,048 at most; {example} |" in text
     assert "| tokens of finetune | windows of 128 at most |" in text
     assert "## What retrieval finds\n\nThe gradient index finds more than chance.\n" in text
-    assert "|  |  | 1.0% | 2.0% |" in text
-    assert "| sequences taken | words (BM25) | 10 | 20 |" in text
-    assert "| exact top ten found | gradient index | 0.80 ±0.01 | 0.90 ±0.01 |" in text
+    assert "|  |  | 10 (1.0%) | 20 (2.0%) |" in text
+    assert "| taken (chance) | words | 1.0% | 2.0% |" in text
+    assert "| exact top ten | gradients | 80.0% ±1.0 | 90.0% ±1.0 |" in text
     assert "correlation 0.9 (0.8 to 0.95), slope 1 (0.7 to 1.2), noise 0.2 (0.1 to 0.5)" in text
     assert "1 of the queries has none" in text
     assert "| all maps, 256 sequences | 1.10 | 0.20 | 0.10 |" in text

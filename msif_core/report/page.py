@@ -122,7 +122,7 @@ def render(attribution: Attribution, shown: Sequence[str]) -> str:
         stages=settings.get("stages", []),
         attributed=settings.get("attribute_to", ""),
         measured=retrieval.sentences(recall),
-        found=retrieval.table(recall, errors=True),
+        found=retrieval.table(recall, wide=True),
         levels=level_ranges(manifest),
         stored=json.dumps(settings, indent=1),
         queries=query_views(attribution, shown),

@@ -6,40 +6,42 @@ from typing import Any
 
 Row = dict[str, Any]
 
-SOURCES = {"gradient": "gradient index", "bm25": "words (BM25)", "both": "both"}
+SOURCES = {"gradient": "gradients", "bm25": "words", "both": "both"}
+CHANCE = "taken (chance)"
 MEASURES = {
-    "recall": "exact top ten found",
-    "weight": "influence that stands out found",
-    "best": "exact best found",
+    "recall": "exact top ten",
+    "weight": "standing-out influence",
+    "best": "exact best",
 }
 
 
-def table(recall: Row, errors: bool) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: what each source finds, by the share that it takes; with standard errors where asked for.
+def table(recall: Row, wide: bool) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: what each source finds, by what it is asked for; a `wide` one has standard errors.
 
     Empty where nothing was measured, or where an earlier version of the program measured it otherwise.
     """
     found = recall.get("found", [])
-    shares = list(dict.fromkeys(row["share"] for row in found))
+    asked = {row["share"]: f"{row['share'] * recall['sequences']:,.0f}" for row in found}
     by_place = {(row["source"], row["share"]): row for row in found}
     sources = [source for source in SOURCES if any(row["source"] == source for row in found)]
     rows = [
-        ["sequences taken", SOURCES[source], *(f"{by_place[source, share]['taken']:,.0f}" for share in shares)]
+        [CHANCE, SOURCES[source], *(f"{by_place[source, share]['taken'] / recall['sequences']:.1%}" for share in asked)]
         for source in sources
     ]
     rows += [
-        [told, SOURCES[source], *(_value(by_place[source, share], name, errors) for share in shares)]
+        [told, SOURCES[source], *(_value(by_place[source, share], name, wide) for share in asked)]
         for name, told in MEASURES.items()
         for source in sources
     ]
-    return ["", "", *(f"{share:.1%}" for share in shares)], rows
+    heads = [f"{count} ({share:.1%})" if wide else f"{count}\n{share:.1%}" for share, count in asked.items()]
+    return ["", "", *heads], rows
 
 
-def _value(row: Row, name: str, errors: bool) -> str:
+def _value(row: Row, name: str, wide: bool) -> str:
     if row[name] is None:
         return "–"
     error = row[f"{name}_error"]
-    return f"{row[name]:.2f}" if error is None or not errors else f"{row[name]:.2f} ±{error:.2f}"
+    return f"{row[name]:.1%}" if error is None or not wide else f"{row[name]:.1%} ±{100 * error:.1f}"
 
 
 def sentences(recall: Row) -> list[str]:
@@ -51,10 +53,10 @@ def sentences(recall: Row) -> list[str]:
         recall["told"],
         f"Measured with {recall['queries']:,} held-out queries on {recall['sequences']:,} sequences scored exactly"
         f"{_cut(recall.get('cut'))}; {recall['bytes_per_sequence']:,.0f} bytes of index a sequence. A column is the "
-        "share of the sequences that each source takes: chance finds that share of anything. An answer takes "
-        f"{recall['answer_share']:.1%} from each.",
-        "Influence stands out where an exact score is positive and in the highest hundredth of the query's scores; "
-        "what is found is a share of its sum."
+        f"number of sequences that each source is asked for; an answer asks each for {recall['answer_share']:.1%}. "
+        "Both together take whole documents, and so more. Chance finds the share that is taken.",
+        "The exact top ten count by rank, standing-out influence by weight: it is the sum of the exact scores that are "
+        "positive and in the highest hundredth of the query's."
         + (f" {none:,} of the queries {'has' if none == 1 else 'have'} none." if none else ""),
     ]
     if (estimate := recall["estimate"]) is not None:
