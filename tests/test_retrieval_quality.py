@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import tasks.index
+import tasks.progress
 from flows.plain_console import PlainConsole
 from flows.show_results import print_recall
-from msif_core import catalog, corpus
+from msif_core import catalog, corpus, storage
 from msif_core.config import Config
 from msif_core.evaluation import retrieval_quality as quality
 from msif_core.evaluation.retrieval_quality import against_exact, counts, judge, measure, ranks
@@ -113,6 +117,8 @@ def test_scores_in_quarantine_are_left_out() -> None:
     whole = measure(exact, np.arange(300), gradient, words)
     bad = np.insert(np.insert(exact, 7, -INF, axis=1), 2, np.nan, axis=0)
     wide = [np.insert(np.insert(scores, 7, -INF, axis=1), 2, 0, axis=0) for scores in (gradient, words)]
+    assert measure(bad, np.arange(301), *wide) == whole
+    bad[0, 7] = 3  # scored with one query alone
     assert measure(bad, np.arange(301), *wide) == whole
     nothing = measure(np.full((2, 20), -INF), np.arange(20), drawn(2, 20))
     assert nothing["found"] == []
@@ -253,6 +259,21 @@ def test_the_terminal_shows_a_table_and_the_verdict(built: Pipeline) -> None:
     recall = manifest(built.workspace.current_generation())["recall"]
     assert recall["told"] in " ".join(" ".join(lines).split())
     assert retrieval.table({}, wide=True) == (["", ""], [])
+
+
+def test_a_build_warns_of_an_index_no_better_than_chance(
+    built: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tasks.index, "get_run_logger", lambda: logging.getLogger("run"))
+    monkeypatch.setattr(tasks.progress, "whole", lambda _name: nullcontext())
+    path = built.workspace.current_generation() / "manifest.json"
+    stored = storage.read_json(path)
+    for verdict, messages in (("better", []), ("unsure", []), ("chance", ["No more than chance."])):
+        recall = {**stored["recall"], "verdict": verdict, "told": "No more than chance."}
+        storage.write_json(path, {**stored, "recall": recall})
+        tasks.index.publish_generation.fn(built.config)
+        assert [record.message for record in caplog.records if record.name == "run"] == messages
+    storage.write_json(path, stored)
 
 
 def test_without_words_the_index_is_measured_alone(tmp_path: Path) -> None:
