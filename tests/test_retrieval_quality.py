@@ -183,17 +183,21 @@ def test_what_is_told_of_a_weak_index_and_of_few_queries() -> None:
             "best": 0.25,
         }  # fmt: skip
 
+    numbers = "and the exact best of 25% of the queries, in the best 100 of 5,000 sequences; chance 2%"
     assert judge([row("gradient", 0.2), row("bm25", 0.6)], 60, 5000) == (
+        "weak",
+        "The gradient index finds more of the strongest documents than chance, but misses most of them: it finds 20% "
+        f"of the exact top ten, {numbers}; words alone find more: 60%.",
+    )
+    assert judge([row("gradient", 0.7), row("bm25", 0.6)], 60, 5000) == (
         "better",
-        "The gradient index finds more of the strongest documents than chance: 20% of the exact top ten, and the exact "
-        "best of 25% of the queries, in the best 100 of 5,000 sequences; chance 2%, but less than words alone, which "
-        "find 60%.",
+        f"The gradient index finds more of the strongest documents than chance: 70% of the exact top ten, {numbers}.",
     )
     assert judge([row("gradient", 0.045)], 60, 5000)[0] == "chance", "within three standard errors"
     assert judge([row("gradient", 0.045)], 6, 5000) == (
         "unsure",
         "6 held-out queries over 5,000 sequences are too few to tell the gradient index from chance: it finds 4% of "
-        "the exact top ten, and the exact best of 25% of the queries, in the best 100 of 5,000 sequences; chance 2%.",
+        f"the exact top ten, {numbers}.",
     )
     assert judge([row("gradient", 1.0, 0.5)], 2, 20)[0] == "better"
     assert judge([row("gradient", 0.5, 0.5)], 60, 20)[0] == "unsure", "half of 20 are found by chance"

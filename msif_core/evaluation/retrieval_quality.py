@@ -29,8 +29,8 @@ ERRORS = 3
 """Standard errors above chance that count as better than chance."""
 FEW_QUERIES = 10
 """With fewer, a result no better than chance says little."""
-TELLING = 0.5
-"""Where only a recall above this could be told from chance, a result no better than chance says little."""
+HALF = 0.5
+"""A recall below is weak; where only one above could be told from chance, one no better than chance says little."""
 
 
 class Sought(NamedTuple):
@@ -60,7 +60,7 @@ def measure(
     Returns:
         `queries` and `sequences` that have exact scores; `found`, a row for each source and share (see `found_rows`);
         `standing_out`, the number of queries with influence that stands out; `estimate` (see `against_exact`);
-        `verdict` (chance, unsure or better) and `told`, what it means.
+        `verdict` (chance, unsure, weak or better) and `told`, what it means.
     """
     queries = np.isfinite(exact).any(axis=1)
     kept = np.isfinite(exact[queries]).all(axis=0)
@@ -202,9 +202,12 @@ def judge(found: Sequence[Row], queries: int, sequences: int) -> tuple[str, str]
     words = decisive(found, "bm25")
     if row["recall"] > chance + ERRORS * max(error, row["recall_error"] or 0.0):
         less = words is not None and words["recall"] > row["recall"]
-        beside = f", but less than words alone, which find {words['recall']:.0%}" if words is not None and less else ""
-        return "better", f"The gradient index finds more of the strongest documents than chance: {numbers}{beside}."
-    if queries < FEW_QUERIES or chance + ERRORS * error > TELLING:
+        beside = f"; words alone find more: {words['recall']:.0%}" if words is not None and less else ""
+        told = "The gradient index finds more of the strongest documents than chance"
+        if row["recall"] < HALF:
+            return "weak", f"{told}, but misses most of them: it finds {numbers}{beside}."
+        return "better", f"{told}: {numbers}{beside}."
+    if queries < FEW_QUERIES or chance + ERRORS * error > HALF:
         some = f"{queries:,} held-out {'query' if queries == 1 else 'queries'} over {sequences:,} sequences"
         return "unsure", f"{some} are too few to tell the gradient index from chance: it finds {numbers}."
     mend = "candidates come from words alone, in effect"
