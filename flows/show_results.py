@@ -14,6 +14,7 @@ from msif_core.config import Config
 from msif_core.coverage import LOW, coverage_of
 from msif_core.generations import withheld
 from msif_core.pipeline import Pipeline
+from msif_core.report import retrieval
 from msif_core.report.page import on_one_line
 from msif_core.workspace import Workspace
 from tasks.summary import tokens
@@ -62,15 +63,19 @@ def print_encoding(config: Config, built: Path, console: PlainConsole) -> None:
 
 
 def print_recall(config: Config, console: PlainConsole) -> None:
-    """Measured recall of the published generation."""
+    """What the published generation's retrieval was measured to find."""
     manifest = storage.read_json(Workspace(config.workspace.resolve()).current_generation() / "manifest.json")
     recall = manifest["recall"]
-    if recall:
-        shares = ", ".join(f"{float(s):.1%}: {v:.2f}" for s, v in recall["recall_at_10"].items())
-        console.print(
-            f"Recall@10 of the exact top ten by share re-scored ({recall['queries']} held-out queries, "
-            f"{recall['sequences']:,} sequences, {recall['bytes_per_sequence']:.0f} bytes each): {shares}"
+    head, rows = retrieval.table(recall, wide=False)
+    if rows:
+        table = Table(
+            *head, title="What retrieval finds, by the sequences taken", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
         )
+        for before, row in zip([None, *rows], rows, strict=False):
+            table.add_row(row[0] if before is None or before[0] != row[0] else "", *row[1:])
+        console.print(table)
+    for number, sentence in enumerate(retrieval.sentences(recall)):
+        console.print(sentence, style="yellow" if number == 0 and recall["verdict"] != "better" else None)
 
 
 def print_retraining(result: dict[str, Any], console: PlainConsole) -> None:

@@ -174,13 +174,7 @@ def check_finite(queries: Queries, scores: np.ndarray) -> None:
 def find_candidates(pipeline: Pipeline, generation: Generation, queries: Queries) -> list[Candidates]:
     """Candidates of each query: the gradient index from both ends, and BM25, as configured."""
     settings = pipeline.config.retrieval
-    count = int(
-        np.clip(
-            settings.rerank_fraction * generation.manifest["n_sequences"],
-            settings.rerank_min,
-            settings.rerank_max,
-        )
-    )
+    count = settings.taken(generation.manifest["n_sequences"])
     found = [Candidates() for _ in range(len(queries))]
     if settings.candidates in ("gradient", "both"):
         psi = pipeline.query_sketches(queries)

@@ -199,7 +199,7 @@ def _small_tables(workspace: Path) -> dict[str, list[Row]]:
         "generation_shards": [
             row for folder, m in generations for row in _generation_shard_rows(workspace, folder.name, m)
         ],
-        "recall": [row for folder, m in generations for row in _recall_rows(folder.name, m.get("recall"))],
+        "recall": [row for folder, m in generations for row in _recall_rows(folder.name, m.get("recall") or {})],
         "runs": [_run_row(folder, manifest) for folder, manifest in _manifests(workspace / "attributions")],
     }
 
@@ -271,6 +271,8 @@ def _generation_row(folder: Path, manifest: Row, published: str | None) -> Row:
         "bytes_per_sequence": recall.get("bytes_per_sequence"),
         "recall_queries": recall.get("queries"),
         "recall_sequences": recall.get("sequences"),
+        "estimate": recall.get("estimate"),
+        "verdict": recall.get("told"),
     }
 
 
@@ -282,12 +284,9 @@ def _generation_shard_rows(workspace: Path, generation: str, manifest: Row) -> I
                 yield {"generation": generation, "stage": stage, "documents": shard["documents"]}
 
 
-def _recall_rows(generation: str, recall: Row | None) -> Iterator[Row]:
-    for name, values in (recall or {}).items():
-        if name.startswith("recall_at_") and isinstance(values, dict):
-            for share, value in values.items():
-                k = int(name.removeprefix("recall_at_"))
-                yield {"generation": generation, "k": k, "share": float(share), "recall": value}
+def _recall_rows(generation: str, recall: Row) -> Iterator[Row]:
+    for row in recall.get("found", []):
+        yield {**row, "generation": generation, "sequences": recall["sequences"]}
 
 
 def _run_row(folder: Path, manifest: Row) -> Row:

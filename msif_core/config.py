@@ -204,7 +204,8 @@ class IndexSettings(Settings):
         0.0,
         ge=0,
         le=1,
-        description="A build whose recall@10 at 2% re-scored is lower is kept but not published. Needs `queries`.",
+        description="A build whose gradient index finds less of the exact top ten in its best 2% (at least ten "
+        "sequences) is kept but not published. Needs `queries`.",
     )
     drift_sample: int = Field(
         256, ge=0, description="Sequences on which a build measures how far the pinned factors have drifted."
@@ -225,6 +226,10 @@ class RetrievalSettings(Settings):
     rerank_min: int = Field(100, ge=1, description="At least so many sequences are re-scored.")
     rerank_max: int = Field(500, ge=1, description="At most so many sequences are re-scored per query and source.")
     random_sample: int = Field(200, ge=0, description="Random documents scored exactly, for percentiles.")
+
+    def taken(self, sequences: int) -> int:
+        """Candidates that each source brings for a query, of so many sequences."""
+        return int(min(max(self.rerank_fraction * sequences, self.rerank_min), self.rerank_max))
 
 
 class CompletionSettings(Settings):

@@ -12,11 +12,10 @@ import pyarrow.parquet as pq
 from msif_core import corpus, storage
 from msif_core.config import IndexSettings
 from msif_core.errors import InputError
+from msif_core.evaluation.retrieval_quality import decisive
 from msif_core.workspace import Workspace
 
 Manifest = dict[str, Any]
-RECALL_AT = "0.02"
-"""Share re-scored whose recall decides over a publish."""
 
 
 def manifest_of(workspace: Workspace, generation: str | None) -> Manifest | None:
@@ -33,12 +32,12 @@ def withheld(folder: Path, settings: IndexSettings) -> str | None:
             f"generation {manifest['generation']} is what was rolled back: it is kept but not published; "
             f"`msif rollback CONFIG --to {manifest['generation']}` publishes it"
         )
-    recall = manifest["recall"].get("recall_at_10", {}).get(RECALL_AT)
-    if recall is None or recall >= settings.min_recall:
+    row = decisive(manifest["recall"].get("found", []))
+    if row is None or row["recall"] >= settings.min_recall:
         return None
     return (
-        f"recall@10 at {float(RECALL_AT):.0%} re-scored is {recall:.3f}, below index.min_recall = "
-        f"{settings.min_recall:g}: generation {manifest['generation']} is kept but not published"
+        f"recall@10 of the gradient index is {row['recall']:.3f} at {row['share']:.1%} re-scored, below "
+        f"index.min_recall = {settings.min_recall:g}: generation {manifest['generation']} is kept but not published"
     )
 
 

@@ -143,6 +143,19 @@ class Index:
         order = np.lexsort((np.where(ids >= 0, ids, np.iinfo(np.int64).max), -scores), axis=1)[:, :k]
         return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
 
+    def estimates(self, psi: FloatArray, ids: npt.NDArray[np.int64]) -> FloatArray:
+        """Estimated scores [Q, N] of the sequences `ids`, among which are all that the index holds.
+
+        -inf stands for those that it does not hold, or that a search does not visit.
+        """
+        scores, found = self.search(psi, self.count)
+        order = np.argsort(ids)
+        query, place = np.nonzero(found >= 0)
+        columns = order[np.searchsorted(ids, found[query, place], sorter=order)]
+        estimated = np.full((len(psi), len(ids)), -np.inf, dtype=np.float32)
+        estimated[query, columns] = scores[query, place]
+        return estimated
+
     def _search_shards(self, psi: FloatArray, k: int) -> list[tuple[FloatArray, npt.NDArray[np.int64]]]:
         """Each shard's answer. FAISS spreads queries over threads, not codes: one query runs on one thread a shard."""
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from msif_core import corpus, dealing, directions, drift, generations, index, reuse, sketch, storage
 from msif_core.batching import Sequences
-from msif_core.evaluation.recall import recall_at_k
+from msif_core.evaluation import retrieval_quality
 from msif_core.exact import ExactScores
 from msif_core.lexical import LexicalIndex
 from msif_core.queries import Queries
@@ -238,26 +239,30 @@ class Indexing(ExactScores):
                 yield corpus.fingerprints(source), np.load(path).transpose(2, 0, 1)
 
     def measure_recall(self) -> dict[str, Any]:
-        """Recall@10 of the exact top ten among the retrieved 0.5% to 10%, over the held-out queries."""
+        """What the gradient index and BM25 find of the exactly scored best, over the held-out queries.
+
+        At the usual shares of the sequences, and at the share that an answer takes from each (`answer_share`).
+        """
         queries = self.held_out()
         if queries is None:
             return {}
         shards = self.recall_shards()
         exact = np.concatenate([np.load(self.exact_shard(shard))[0] for shard in shards], axis=1)
-        ids = np.concatenate([corpus.read_shard(self.shard(self.target, s)).sequence_ids for s in shards])
+        names = ["sequence_id", "document_id"]
+        sequences = pa.concat_tables([corpus.read_table(self.shard(self.target, shard), names) for shard in shards])
+        documents, document = np.unique(sequences["document_id"].to_numpy(), return_inverse=True)
         found = index.Index([self.index_shard(shard) for shard in shards], self.config.index)
-        psi = self.query_sketches(queries)
-        shares = (0.005, 0.01, 0.02, 0.05, 0.1)
-        _, retrieved = found.search(psi, max(10, int(len(ids) * shares[-1])))
+        gradient = found.estimates(self.query_sketches(queries), sequences["sequence_id"].to_numpy())
+        words = None
+        if self.lexical:
+            words = LexicalIndex.load(self.build_lexical()).scores(queries.texts, documents.tolist())[:, document]
+        count = self.sequence_count(self.target)
+        share = self.config.retrieval.taken(count) / max(1, count)
         return {
-            "queries": len(queries),
-            "sequences": len(ids),
+            **retrieval_quality.measure(exact, document, gradient, words, (*retrieval_quality.SHARES, share)),
             "bytes_per_sequence": found.bytes_per_vector,
+            "answer_share": min(1.0, share),
             **({"cut": storage.read_json(cut)} if (cut := self.exact_folder(queries) / "cut.json").exists() else {}),
-            "recall_at_10": {
-                f"{share:g}": recall_at_k(exact, ids, retrieved[:, : max(10, int(len(ids) * share))], 10)
-                for share in shares
-            },
         }
 
     def measure_drift(self) -> dict[str, Any]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import bm25s
+import numpy as np
+import numpy.typing as npt
 
 from msif_core import storage
 
@@ -57,10 +60,23 @@ class LexicalIndex:
         k = min(k, len(self.documents))
         found: list[list[str]] = []
         for text in texts:
-            known = [word for word in words(text) if word in self._bm25.vocab_dict]  # bm25s fails on others
+            known = self._known(text)
             if not known or k < 1:
                 found.append([])
                 continue
             rows, scores = self._bm25.retrieve([known], k=k, show_progress=False)
             found.append([self.documents[int(r)] for r, s in zip(rows[0], scores[0], strict=True) if s > 0])
         return found
+
+    def scores(self, texts: Sequence[str], documents: Sequence[str]) -> npt.NDArray[np.float32]:
+        """BM25 scores [texts, documents] of documents of this index; -inf where no word is shared."""
+        rows = [bisect_left(self.documents, name) for name in documents]
+        found = np.full((len(texts), len(rows)), -np.inf, dtype=np.float32)
+        for row, text in zip(found, texts, strict=True):
+            if known := self._known(text):
+                row[:] = self._bm25.get_scores(known)[rows]
+        return np.where(found > 0, found, -np.inf).astype(np.float32)
+
+    def _known(self, text: str) -> list[str]:
+        """The text's words that some document has: bm25s fails on others."""
+        return [word for word in words(text) if word in self._bm25.vocab_dict]

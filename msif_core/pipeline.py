@@ -16,6 +16,7 @@ import numpy as np
 from msif_core import answering, catalog, corpus, generations, records, storage
 from msif_core.attribution import Attribution
 from msif_core.errors import InputError
+from msif_core.evaluation import retrieval_quality
 from msif_core.indexing import Indexing
 from msif_core.retrieval import FloatArray
 from msif_core.token_view import Seen, seen_documents, seen_queries
@@ -36,7 +37,7 @@ class Pipeline(Indexing):
             [(stage.filter.model_dump(), self.factors_fingerprint(stage.name)) for stage in self.config.stages],
             self.config.index.model_dump(exclude={"min_recall"}),
             self.lexical,
-            queries.fingerprint if queries is not None else None,
+            (retrieval_quality.VERSION, queries.fingerprint) if queries is not None else None,
         )
 
     def publish_generation(self) -> Path:

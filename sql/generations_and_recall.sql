@@ -1,4 +1,4 @@
--- How large is each build of the index, and how much of the exact top ten does its retrieval find?
+-- How large is each build of the index, and what does its retrieval find of the exactly scored best, source by source?
 SELECT
     g.generation,
     g.created,
@@ -7,9 +7,15 @@ SELECT
     g.index_bytes,
     g.bytes_per_sequence,
     g.seconds,
-    r.share AS share_of_sequences_rescored,
+    r.source,
+    r.share,
+    r.taken,
+    r.taken / r.sequences AS chance,
     r.recall,
-    g.recall_queries
+    r.weight,
+    r.best,
+    g.recall_queries,
+    g.verdict
 FROM generations AS g
 LEFT JOIN recall AS r USING (generation)
-ORDER BY g.created DESC, r.share;
+ORDER BY g.created DESC, r.share, r.source DESC;

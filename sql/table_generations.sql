@@ -11,6 +11,8 @@ CREATE TABLE generations (
     seconds DOUBLE,
     recall_queries BIGINT,
     recall_sequences BIGINT,
+    estimate JSON,
+    verdict VARCHAR,
     changes JSON,
     drift JSON,
     factors JSON,

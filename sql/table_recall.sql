@@ -1,7 +1,16 @@
--- Measured recall of each generation: the part of the exact top k found in that share of the sequences.
+-- What the sources of candidates find of the exactly scored best, by generation, source and share; errors are standard errors.
+-- share: what each source is asked for, of all sequences; taken: how many are scored exactly for it, in the mean over queries;
+-- recall: of the exact top ten; weight: of the influence that stands out; best: queries whose exact best sequence is found.
 CREATE TABLE recall (
     generation VARCHAR,
-    k INTEGER,
+    source VARCHAR,
     share DOUBLE,
-    recall DOUBLE
+    taken DOUBLE,
+    sequences BIGINT,
+    recall DOUBLE,
+    recall_error DOUBLE,
+    weight DOUBLE,
+    weight_error DOUBLE,
+    best DOUBLE,
+    best_error DOUBLE
 );

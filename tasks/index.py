@@ -4,7 +4,7 @@ from pathlib import Path
 
 from prefect import get_run_logger, task
 
-from msif_core import generations
+from msif_core import generations, storage
 from msif_core.config import Config
 from tasks import ACCELERATOR, IO, progress, run_step
 
@@ -35,4 +35,7 @@ def publish_generation(config: Config) -> Path:
         folder: Path = run_step(config, "publish_generation")
     if (reason := generations.withheld(folder, config.index)) is not None:
         get_run_logger().warning(reason)
+    recall = storage.read_json(folder / "manifest.json")["recall"]
+    if recall.get("verdict") == "chance":
+        get_run_logger().warning(recall["told"])
     return folder

@@ -1,9 +1,11 @@
 """Summaries of a rebuild and of an attribution, as markdown for the UI."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from msif_core.attribution import Attribution
+from msif_core.report import retrieval
 
 Row = dict[str, Any]
 DOCUMENTS = 5
@@ -34,16 +36,10 @@ def generation(manifest: Row, headline: str, folder: Path, published: bool) -> s
     ]
     if changes := manifest.get("changes"):
         parts += ["## What changed", table(("", *_columns(changes)), _rows(changes))]
-    if measured := recall.get("recall_at_10"):
-        parts += [
-            "## Recall",
-            f"Share of the exact top ten found, over {recall['queries']:,} held-out queries "
-            f"and {recall['sequences']:,} sequences{_cut(recall.get('cut'))}.",
-            table(
-                ("sequences scored exactly", "recall@10"),
-                [(f"{float(s):.1%}", f"{v:.3f}") for s, v in measured.items()],
-            ),
-        ]
+    if told := retrieval.sentences(recall):
+        found = retrieval.table(recall, wide=True)
+        verdict = told[0] if recall["verdict"] == "better" else f"**{told[0]}**"
+        parts += ["## What retrieval finds", verdict, *([table(*found)] if found[1] else []), *told[1:]]
     if drift := manifest.get("drift"):
         worst = sorted(drift["maps"].items(), key=lambda item: item[1]["noise"] - item[1]["difference"])[:MAPS]
         named = [(f"all maps, {drift['sequences']:,} sequences", drift), *worst]
@@ -94,15 +90,9 @@ def attribution(found: Attribution, page: Path) -> str:
     return "\n\n".join(parts)
 
 
-def _cut(cut: Row | None) -> str:
-    if cut is None:
-        return ""
-    return f"; the queries cut to rank {cut['rank']}, which loses {cut['relative_error']:.1%} of their norm"
-
-
-def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A markdown table."""
-    lines = [head, tuple("---" for _ in head), *rows]
+    lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell(value) for value in line) + " |" for line in lines)
 
 

@@ -171,7 +171,10 @@ def generation(name: str, factors: str = "f", key: str = "k", recall: float = 0.
     }
     return {
         "generation": name, "content": name, "factors": {"pretrain": factors}, "codes_key": key, "changes": changes,
-        "recall": {"recall_at_10": {"0.02": recall}},
+        "recall": {"found": [
+            {"source": "gradient", "share": 0.01, "recall": 0.1}, {"source": "bm25", "share": 0.02, "recall": 0.1},
+            {"source": "gradient", "share": 10 / 503, "recall": recall},
+        ]},
     }  # fmt: skip
 
 
@@ -193,8 +196,8 @@ def test_a_rebuild_says_why_it_is_not_published(tmp_path: Path) -> None:
     storage.write_json(tmp_path / "new" / "manifest.json", new)
     assert generations.withheld(tmp_path / "good", strict) is None
     assert what_changed(old, new, generations.withheld(tmp_path / "new", strict)).endswith(
-        "recall@10 at 2% re-scored is 0.750, below index.min_recall = 0.8: generation new is kept but not published, "
-        "old stays published"
+        "recall@10 of the gradient index is 0.750 at 2.0% re-scored, below index.min_recall = 0.8: generation new is "
+        "kept but not published, old stays published"
     )
 
 

@@ -161,10 +161,12 @@ def test_page_shows_every_part(page: str, attribution: Attribution) -> None:
         "No candidate document lowers this query’s loss", "+ 1 near-duplicate<",
         "which of its tokens carry the score", "which tokens carry the score", "The completion it is compared with",
         "The model’s own answer, explained", "rather than", "A wild duck.", "Strongest:",
-        "Contributions by layer and kind of map", "Recall@10", "0.950", "0.1 × mean eigenvalue", "0.01 to 0.03",
+        "Contributions by layer and kind of map", "exact top ten", "95.0% ±1.0",
+        "0.1 × mean eigenvalue", "0.01 to 0.03",
         "<code>f1</code>", "<code>g2</code>",
         "proponent</b> more training on this document lowers", "mlp.<wbr>dense_<wbr>4h_<wbr>to_<wbr>h",
-        "random documents",
+        "random documents", "<p>The gradient index finds more than chance.</p>",
+        '<th scope="row">exact top ten</th><th scope="row">words</th><td>50.0% ±1.0</td>',
     ):  # fmt: skip
         assert text in page, text
     for row in attribution.table.to_pylist():
@@ -191,6 +193,11 @@ def test_page_without_corpus_samples_tokens_or_recall(tmp_path: Path) -> None:
     text = Attribution.open(folder).to_html(tmp_path / "page.html").read_text()
     assert not re.search(r"\bnan\b", text)
     assert "was not measured" in text
+    poor = {**manifest, "recall": {**manifest["recall"], "verdict": "chance", "told": "No more than chance."}}
+    (folder / "manifest.json").write_text(json.dumps(poor))
+    page = Attribution.open(folder).to_html(tmp_path / "page.html").read_text()
+    assert "<strong>No more than chance.</strong>" in page
+    assert "was not measured" not in page
     assert "0 random documents" not in text
 
 

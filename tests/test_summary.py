@@ -46,7 +46,12 @@ def test_generation(tmp_path: Path) -> None:
     example = "1.23% unknown to the tokenizer, for example '☃' of 'd\\|1'"
     assert f"| tokens of pretrain | sequences of at most 2,048 tokens; {example} |" in text
     assert "| tokens of finetune | sequences of at most 128 tokens |" in text
-    assert "| 2.0% | 0.900 |" in text
+    assert "## What retrieval finds\n\nThe gradient index finds more than chance.\n" in text
+    assert "|  |  | 10 (1.0%) | 20 (2.0%) |" in text
+    assert "| taken (chance) | words | 1.0% | 2.0% |" in text
+    assert "| exact top ten | gradients | 80.0% ±1.0 | 90.0% ±1.0 |" in text
+    assert "correlation 0.9 (0.8 to 0.95), slope 1 (0.7 to 1.2), noise 0.2 (0.1 to 0.5)" in text
+    assert "1 of the queries has none" in text
     assert "| all maps, 256 sequences | 1.10 | 0.20 | 0.10 |" in text
     assert "| layers.0.dense | 1.10 | 0.50 | 0.10 |" in text
     assert tmp_path.as_uri() in text
@@ -54,7 +59,12 @@ def test_generation(tmp_path: Path) -> None:
     assert "What changed" not in bare
     assert "bytes per sequence" in text
     assert "bytes per sequence" not in bare, "what is not known is left out"
-    assert "Recall" not in bare
+    assert "What retrieval finds" not in bare
+    poor = {**RECALL, "verdict": "chance", "told": "No more than chance."}
+    assert "**No more than chance.**" in summary.generation({**manifest, "recall": poor}, "", tmp_path, True)
+    earlier = {"queries": 20, "sequences": 1000, "bytes_per_sequence": 4096, "recall_at_10": {"0.02": 0.9}}
+    told = summary.generation({**manifest, "recall": earlier}, "", tmp_path, True)
+    assert "What retrieval finds" not in told, "a generation that an earlier version measured is shown without"
 
 
 def test_attribution(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from msif_core.attribution import SIDES, Attribution, Document
-from msif_core.report import charts
+from msif_core.report import charts, retrieval
 
 TEMPLATES = Path(__file__).parent
 SNIPPET = 180
@@ -112,7 +112,7 @@ def render(attribution: Attribution, shown: Sequence[str]) -> str:
         "thousands": "{:,}".format,
     }
     manifest = attribution.manifest
-    settings = manifest.get("settings", {})
+    settings, recall = manifest.get("settings", {}), manifest.get("recall") or {}
     return environment.get_template("page.html.j2").render(
         css=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
         js=Markup((TEMPLATES / "page.js").read_text(encoding="utf-8")),
@@ -121,7 +121,8 @@ def render(attribution: Attribution, shown: Sequence[str]) -> str:
         settings=settings,
         stages=settings.get("stages", []),
         attributed=settings.get("attribute_to", ""),
-        recall=recall_rows(manifest.get("recall") or {}),
+        measured=retrieval.sentences(recall),
+        found=retrieval.table(recall, wide=True),
         levels=level_ranges(manifest),
         stored=json.dumps(settings, indent=1),
         queries=query_views(attribution, shown),
@@ -146,12 +147,6 @@ def level_ranges(manifest: dict[str, Any]) -> dict[str, str]:
         for name, blocks in zip(names, stages, strict=False):
             used[name] += blocks
     return {name: f"{min(values):.3g} to {max(values):.3g}" for name, values in used.items() if values}
-
-
-def recall_rows(recall: dict[str, Any]) -> list[tuple[str, float]]:
-    """Shares of the sequences, as percentages, with the part of the exact top ten found there."""
-    found = recall.get("recall_at_10") or {}
-    return [(f"{100 * float(share):g}%", float(value)) for share, value in found.items()]
 
 
 def query_views(attribution: Attribution, shown: Sequence[str]) -> list[QueryView]:

@@ -148,7 +148,7 @@ def test_an_event_re_indexes_and_leaves_a_summary(api: Api, page: Page, config: 
     [artifact] = [a for a in api("/artifacts/filter", {}) if a["key"] == "generation"]
     page.open(f"{api.url}/artifacts/artifact/{artifact['id']}")
     page.wait_text(f"Generation {current}")
-    page.wait_text("recall@10")
+    page.wait_text("exact top ten")
     page.screenshot(screenshots / "6-rebuild.png")
 
 
