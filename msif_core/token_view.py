@@ -54,7 +54,8 @@ def seen_documents(stages: Stages, stage: str, count: int) -> list[Seen]:
     skipped = records.Skipped()
     found = list(islice(records.read_records(settings.documents, skipped, corpus.skip_bad_records), count))
     tokenizer = stages.tokenizer(stage)
-    encoded = encode(found, tokenizer, stages.max_length(stage), settings.task, corpus.start)
+    with stages.reading(stage):
+        encoded = encode(found, tokenizer, stages.max_length(stage), settings.task, corpus.start)
     classified = settings.task == "classification"
     shown = [_seen(record, "document", own, tokenizer, classified) for record, own in zip(found, encoded, strict=True)]
     return [seen for windows in shown for seen in windows]
@@ -71,14 +72,15 @@ def seen_queries(stages: Stages, source: Path | Sequence[records.Record], count:
     last, start = stages.config.stages[-1], stages.config.corpus.start
     tokenizer, length = stages.tokenizer(last.name), stages.query_length()
     shown: list[Seen] = []
-    for record in records.read_list(source, records.query_problem_of)[:count]:
-        asked = {"query": record, "contrast": contrast_of(record) if record.get("contrast") is not None else None}
-        if records.lacks_completion(record):
-            (prompt,) = encode_prompts([record], tokenizer, start)
-            shown += _seen(record, "prompt", [(prompt, [IGNORED] * len(prompt))], tokenizer)
-            del asked["query"]
-        for kind, one in asked.items():
-            if one is not None:
+    with stages.reading(last.name):
+        for record in records.read_list(source, records.query_problem_of)[:count]:
+            asked = [("contrast", contrast_of(record))] if record.get("contrast") is not None else []
+            if records.lacks_completion(record):
+                (prompt,) = encode_prompts([record], tokenizer, start)
+                shown += _seen(record, "prompt", [(prompt, [IGNORED] * len(prompt))], tokenizer)
+            else:
+                asked = [("query", record), *asked]
+            for kind, one in asked:
                 (windows,) = encode([one], tokenizer, length, last.task, start, last_turn=True)
                 shown += _seen(record, kind, windows, tokenizer, last.task == "classification")
     return shown

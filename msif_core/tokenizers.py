@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,9 @@ def check_size(tokenizer: Any, rows: int, source: str) -> None:
 def start_tokens(tokenizer: Any, setting: str) -> list[int]:
     """Tokens in front of a text: as `corpus.start` has it, under `auto` those that the tokenizer itself puts there.
 
+    These are found with a text of one letter: the special tokens that its encoding begins with, and no more of them
+    than the tokenizer adds (it may end texts with one, too).
+
     Raises:
         InputError: `always`, and the tokenizer has no start token.
     """
@@ -120,10 +124,24 @@ def start_tokens(tokenizer: Any, setting: str) -> list[int]:
     return list(ids[: min(added, leading)])
 
 
-def end_token(tokenizer: Any) -> tuple[int | None, set[int]]:
-    """The token that ends a text, and those after which none is put: itself, and other special ones, as of a chat."""
+@dataclass(frozen=True)
+class EndOfTexts:
+    """The token that ends a text, None without one, and those after which none is put."""
+
+    token: int | None
+    ending: frozenset[int]
+
+    def put_after(self, ids: list[int]) -> list[int]:
+        """A text's tokens with their end."""
+        return ids if self.token is None or (ids and ids[-1] in self.ending) else [*ids, self.token]
+
+
+def end_of_texts(tokenizer: Any) -> EndOfTexts:
+    """How its texts end: also with other special tokens than its end token, as those of a chat's turns."""
+    if tokenizer is None:
+        return EndOfTexts(None, frozenset())
     end = tokenizer.eos_token_id
-    return end, special_tokens(tokenizer) - {unknown_token(tokenizer)} | {end}
+    return EndOfTexts(end, frozenset(special_tokens(tokenizer) - {unknown_token(tokenizer)} | {end}))
 
 
 def special_tokens(tokenizer: Any) -> set[int]:
