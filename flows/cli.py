@@ -153,8 +153,8 @@ def score(
 @app.command()
 def tokens(
     config: ConfigFile,
-    stage: Annotated[str, typer.Option(help="Only this stage's documents.")] = "",
-    queries: Annotated[Path | None, typer.Option(help="These queries, a jsonl file, in place of documents.")] = None,
+    stage: Annotated[str, typer.Option(help="This stage's documents; without it every stage's, or queries.")] = "",
+    queries: Annotated[Path | None, typer.Option(help="These queries, a jsonl file.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Records of each.")] = 3,
 ) -> None:
     """The first records as the models will see them, token by token, those with a loss marked. Builds nothing."""
@@ -162,16 +162,14 @@ def tokens(
     from msif_core.pipeline import Pipeline
 
     pipeline = Pipeline.from_config(config)
-    if queries is not None and stage:
-        raise InputError(
-            "--stage shows documents and --queries queries, which the last stage's model reads; leave one out"
-        )
-    if queries is not None:
-        print_tokens(pipeline.tokens(queries=queries, count=count), console)
-        return
-    for name in [stage] if stage else [stage.name for stage in pipeline.config.stages]:
+    every = [stage.name for stage in pipeline.config.stages] if queries is None else []
+    for name in [stage] if stage else every:
         found = pipeline.tokens(name, count=count)
-        console.print(f"Stage {name}, windows of {pipeline.max_length(name):,} tokens at most\n", markup=False)
+        console.print(f"Stage {name}, windows of {pipeline.max_length(name):,} tokens at most\n")
+        print_tokens(found, console)
+    if queries is not None:
+        found = pipeline.tokens(queries=queries, count=count)
+        console.print(f"Queries of stage {pipeline.last}, {pipeline.query_length():,} tokens at most\n")
         print_tokens(found, console)
 
 

@@ -13,9 +13,14 @@ STEERING = re.compile(
 )
 
 
+def escape(character: str) -> str:
+    """As Python writes it in a string."""
+    return character.encode("unicode_escape").decode()
+
+
 def visible(text: str) -> str:
-    """The text with a Python escape for each character that would steer the terminal instead of being shown."""
-    return STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """The text with an escape for each character that would steer the terminal instead of being shown."""
+    return STEERING.sub(lambda found: escape(found[0]), text)
 
 
 class PlainConsole(Console):

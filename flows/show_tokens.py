@@ -9,13 +9,17 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from flows.plain_console import escape
 from msif_core.token_view import Seen, Token
 
 SIGN = {True: "loss ▶ ", False: "       "}
 """What stands before lines of tokens that have a loss, and of those that have none."""
 
-BETWEEN, REST = "│", "…"
-"""Between two tokens, and for one that is the rest of the character before it; in a text both are escaped."""
+BETWEEN, REST, NOTHING = "│", "…", "▁"
+"""Between two tokens, for one that is the rest of the character before it, and for one that reads as nothing.
+
+SentencePiece's space before a text does. In a text all three are escaped, and so is what begins an escape.
+"""
 
 
 def print_tokens(found: Sequence[Seen], console: Console) -> None:
@@ -51,12 +55,9 @@ def _lines(tokens: Sequence[Token], width: int) -> Iterator[Text]:
 
 
 def _shown(token: Token) -> str:
-    return _escaped(token.text) if token.text else REST
+    return _escaped(token.text) or (REST if token.rest else NOTHING)
 
 
 def _escaped(text: str) -> str:
-    """Text with control characters, and all else that is not printable, as escapes."""
-    plain = text.replace("\\", "\\\\")
-    return "".join(
-        c if c.isprintable() and c not in (BETWEEN, REST) else c.encode("unicode_escape").decode() for c in plain
-    )
+    """Text with escapes for all that is not printable or has a meaning here; line feeds and odd spaces are tokens."""
+    return "".join(escape(c) if not c.isprintable() or c in (BETWEEN, REST, NOTHING, "\\") else c for c in text)

@@ -31,7 +31,7 @@ from msif_core.tokenizers import first_unknown, tokenizer_fingerprint, unknown_t
 SHARD_BITS = 40
 """A sequence id is shard << 40 | row."""
 
-ENCODING = 2
+ENCODING = 3
 """Version of how records become tokens: other ones are other corpora."""
 
 MOST_UNKNOWN = 0.2

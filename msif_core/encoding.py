@@ -12,19 +12,16 @@ from typing import Any
 
 from msif_core import chats, records
 from msif_core.batching import IGNORED
-from msif_core.errors import InputError
-from msif_core.tokenizers import end_token, start_tokens
+from msif_core.errors import InputError, NoTokenizerError
+from msif_core.tokenizers import EndOfTexts, end_of_texts, start_tokens
 
 Window = tuple[list[int], list[int]]
 """input_ids, and labels aligned with them."""
 
-Pair = tuple[int, int]
-"""A run of characters or of tokens: the first, and the one after the last."""
-
 
 @dataclass(frozen=True)
 class Written:
-    """A record's text, and its parts that have a loss, None for all of it.
+    """A record's text, and the spans of its characters that have a loss, None for all of it.
 
     A chat begins and ends as its template writes it.
     """
@@ -50,12 +47,12 @@ def encode(
     `corpus.start`, and ends with the end token, once. For a classification, the label stands at the first position.
 
     Raises:
-        InputError: a record needs a tokenizer and the stage has none, or a chat template and the tokenizer has none,
-            or lacks the label that the task needs.
+        NoTokenizerError: a record needs a tokenizer and there is none.
+        InputError: a record needs a chat template and the tokenizer has none, or lacks the label that the task needs.
     """
     if task == "classification":
         return [[_encode_classified(record, tokenizer, max_length)] for record in found]
-    end = (None, set[int]()) if tokenizer is None else end_token(tokenizer)
+    end = end_of_texts(tokenizer)
     texts = [None if "input_ids" in record else _written(record, tokenizer, last_turn) for record in found]
     tokens = _tokens([text for text in texts if text is not None], tokenizer, start)
     return [
@@ -65,14 +62,20 @@ def encode(
 
 
 def encode_prompts(found: Sequence[records.Record], tokenizer: Any, start: str = "auto") -> list[list[int]]:
-    """What the model reads before it answers: the prompts, or the chats with the template's prompt for the answer."""
-    texts = [
-        Written(chats.asked(record, tokenizer), None, chat=True)
-        if "messages" in record
-        else Written(record["prompt"], None)
-        for record in found
-    ]
-    return [ids for ids, _ in _tokens(texts, tokenizer, start)]
+    """What the model reads before it answers: the prompts, or the chats with the template's prompt for the answer.
+
+    Raises:
+        NoTokenizerError: there is no tokenizer.
+        InputError: a record needs a chat template and the tokenizer has none.
+    """
+    return [ids for ids, _ in _tokens([_asked(record, tokenizer) for record in found], tokenizer, start)]
+
+
+def _asked(record: records.Record, tokenizer: Any) -> Written:
+    _need_tokenizer(record, tokenizer)
+    if "messages" in record:
+        return Written(chats.asked(record, tokenizer), None, chat=True)
+    return Written(record["prompt"], None)
 
 
 def _written(record: records.Record, tokenizer: Any, last_turn: bool) -> Written:
@@ -85,8 +88,8 @@ def _written(record: records.Record, tokenizer: Any, last_turn: bool) -> Written
     return Written(record["text"], None)
 
 
-def _tokens(texts: list[Written], tokenizer: Any, start: str) -> Iterator[tuple[list[int], list[Pair] | None]]:
-    """Each text's tokens, begun as `start` has it, and the runs of them that have a loss (None: all from the second).
+def _tokens(texts: list[Written], tokenizer: Any, start: str) -> Iterator[tuple[list[int], list[range] | None]]:
+    """Each text's tokens, begun as `start` has it, and where in them the tokens with a loss stand (None: everywhere).
 
     Two calls of the tokenizer: offsets of whole texts are not needed, and take their time.
     """
@@ -97,45 +100,65 @@ def _tokens(texts: list[Written], tokenizer: Any, start: str) -> Iterator[tuple[
     located = iter(_located(parted, tokenizer) if parted else [])
     begin = start_tokens(tokenizer, start)
     for text in texts:
-        ids, runs = (next(plain), None) if text.spans is None else next(located)
+        ids, targets = (next(plain), None) if text.spans is None else next(located)
         # Templates write the start token themselves, and the tokenizer adds none to what they write.
-        own = [] if ids[: len(begin)] == begin or (text.chat and start == "auto") else begin
-        yield own + ids, runs and [(first + len(own), last + len(own)) for first, last in runs]
+        begun = ids[: len(begin)] == begin or (text.chat and start == "auto")
+        yield (ids, targets) if begun else (begin + ids, _moved(targets, len(begin)))
 
 
-def _located(texts: list[Written], tokenizer: Any) -> Iterator[tuple[list[int], list[Pair]]]:
-    """Each text's tokens, and the tokens of its spans; one that straddles a span's edge belongs to the span."""
+def _moved(targets: list[range] | None, by: int) -> list[range] | None:
+    return None if targets is None else [range(run.start + by, run.stop + by) for run in targets]
+
+
+def _located(texts: list[Written], tokenizer: Any) -> Iterator[tuple[list[int], list[range]]]:
+    """Each text's tokens, and those of its spans; a token that straddles a span's edge belongs to the span."""
     strings = [text.text for text in texts]
     if tokenizer.is_fast:
         found = tokenizer(strings, add_special_tokens=False, return_offsets_mapping=True)
         for text, ids, offsets in zip(texts, found["input_ids"], found["offset_mapping"], strict=True):
-            yield ids, [_tokens_of(offsets, *span) for span in text.spans or []]
+            yield ids, [_by_offsets(offsets, *span) for span in text.spans or []]
         return
     for text, ids in zip(texts, tokenizer(strings, add_special_tokens=False)["input_ids"], strict=True):
-        spans = [[_before(tokenizer, text.text, ids, edge) for edge in span] for span in text.spans or []]
-        yield ids, [(first[0], last[1]) for first, last in spans]
+        edges = [[_around(tokenizer, text.text, ids, edge) for edge in span] for span in text.spans or []]
+        yield ids, [range(wholly_before, begun_before) for (wholly_before, _), (_, begun_before) in edges]
 
 
-def _tokens_of(offsets: Sequence[Pair], first: int, last: int) -> Pair:
-    """The run of tokens that stand for characters from `first` to before `last`.
+def _by_offsets(offsets: Sequence[tuple[int, int]], first: int, last: int) -> range:
+    """The tokens that share characters with those from `first` to before `last`; `offsets` are each token's own.
 
-    White space is sometimes no part of its token's characters, which are then empty and stand at its end.
+    White space is sometimes no part of its token's characters: the token has none then, and stands where its white
+    space ends. It goes with what is before that place, unless that is the text's beginning.
     """
-    inside = [i for i, (a, b) in enumerate(offsets) if (b > first or not first) and (a < last or b <= last)]
-    return (inside[0], inside[-1] + 1) if inside else (len(offsets), len(offsets))
+    inside = [
+        row
+        for row, (start, end) in enumerate(offsets)
+        if (end > first or first == 0) and (start < last or start == end == last)
+    ]
+    return range(inside[0], inside[-1] + 1) if inside else range(len(offsets), len(offsets))
 
 
-def _before(tokenizer: Any, text: str, ids: list[int], edge: int) -> Pair:
+def _around(tokenizer: Any, text: str, ids: list[int], edge: int) -> tuple[int, int]:
     """How many tokens stand wholly before a character, and how many begin before it, of a tokenizer without offsets.
 
     Raises:
-        InputError: the tokens do not decode to the text, so that this cannot be known.
+        InputError: it cannot be known.
     """
     if edge == len(text):
         return len(ids), len(ids)
     head = tokenizer(text[:edge], add_special_tokens=False)["input_ids"]
-    if ids[: len(head)] == head and tokenizer.unk_token_id not in head[-1:]:
-        return len(head), len(head)
+    alike = next((i for i, (a, b) in enumerate(zip(ids, head, strict=False)) if a != b), min(len(ids), len(head)))
+    # Words of any length are one unknown token, so that such a one at the edge may go on behind it.
+    if alike == len(head) and tokenizer.unk_token_id not in head[-1:]:
+        return alike, alike
+    return _around_by_decoding(tokenizer, text, ids, edge, alike)
+
+
+def _around_by_decoding(tokenizer: Any, text: str, ids: list[int], edge: int, near: int) -> tuple[int, int]:
+    """The same by what the first tokens decode to; `near` is a number of tokens to begin the search at.
+
+    Raises:
+        InputError: the tokens do not decode to the text, so that this cannot be known.
+    """
 
     def read(count: int) -> str:
         return str(tokenizer.decode(ids[:count], skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -146,29 +169,30 @@ def _before(tokenizer: Any, text: str, ids: list[int], edge: int) -> Pair:
             f"token stands for, and its tokens of {text[:40]!r} do not decode to that text, so that prompt and "
             "completion cannot be told apart; give input_ids and labels, or save a fast tokenizer (tokenizer.json)"
         )
-    count = next((i for i, (a, b) in enumerate(zip(ids, head, strict=False)) if a != b), min(len(ids), len(head)))
-    while count and not text[:edge].startswith(read(count)):
+    before, count = text[:edge], near
+    while count and not before.startswith(read(count)):
         count -= 1
-    while count < len(ids) and text[:edge].startswith(read(count + 1)):
+    while count < len(ids) and before.startswith(read(count + 1)):
         count += 1
-    return count, count if read(count) == text[:edge] else count + 1
+    return count, count if read(count) == before else count + 1
 
 
 def _windows(
-    text: Written, ids: list[int], runs: list[Pair] | None, end: tuple[int | None, set[int]], max_length: int
+    text: Written, ids: list[int], targets: list[range] | None, end: EndOfTexts, max_length: int
 ) -> list[Window]:
     """One text's windows."""
-    if end[0] is not None and not text.chat and not (ids and ids[-1] in end[1]):
-        ids = [*ids, end[0]]
-        runs = runs and [*runs[:-1], (runs[-1][0], len(ids))]
-    if runs is None:
+    ended = ids if text.chat else end.put_after(ids)
+    if targets and len(ended) > len(ids):
+        targets = [*targets[:-1], range(targets[-1].start, len(ended))]
+    ids = ended
+    if targets is None:
         return _split(ids, ids, max_length)
     labels = [IGNORED] * len(ids)
-    for first, last in runs:
-        labels[first:last] = ids[first:last]
-    if len(ids) > max_length and runs:
+    for run in targets:
+        labels[run.start : run.stop] = ids[run.start : run.stop]
+    if len(ids) > max_length and targets:
         # The last run keeps its beginning, and a token to predict it from; the text before it loses its own.
-        stop = min(runs[-1][1], runs[-1][0] + max_length - 1)
+        stop = min(targets[-1].stop, targets[-1].start + max_length - 1)
         kept = slice(max(0, stop - max_length), stop)
         ids, labels = ids[kept], labels[kept]
     return _with_targets([(ids, labels)])
@@ -209,7 +233,4 @@ def _encode_classified(record: records.Record, tokenizer: Any, max_length: int) 
 
 def _need_tokenizer(record: records.Record, tokenizer: Any) -> None:
     if tokenizer is None:
-        raise InputError(
-            f"record {record['id']!r} is text, but the stage's model has no tokenizer; give input_ids, or a model "
-            "folder with a tokenizer"
-        )
+        raise NoTokenizerError(str(record["id"]))

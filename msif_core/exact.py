@@ -39,9 +39,10 @@ class ExactScores(Fitting):
             )
 
         generates = answers if last.task == "causal_lm" else None
-        found = load_queries(
-            source, tokenizer, self.query_length(), last.task, generates, start=self.config.corpus.start
-        )
+        with self.reading(last.name):
+            found = load_queries(
+                source, tokenizer, self.query_length(), last.task, generates, start=self.config.corpus.start
+            )
         vocabulary.check_sequences(found.sequences, self.structure(last.name), last.task, last.name)
         return found
 

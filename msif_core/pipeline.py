@@ -154,16 +154,17 @@ class Pipeline(Indexing):
     def tokens(
         self, stage: str = "", queries: Path | Sequence[dict[str, Any]] | None = None, count: int = 3
     ) -> list[Seen]:
-        """The first records of a stage (the attributed one by default), or queries, as the model will see them.
+        """The first records of a stage, and after them the first queries, as their models will see them.
+
+        Without a stage: queries alone where there are some, else the attributed stage's records.
 
         Raises:
             InputError: there is no such stage, or a record is malformed or cannot be encoded.
         """
-        if queries is not None:
-            return seen_queries(self, queries, count)
         if (name := stage or self.target) not in [own.name for own in self.config.stages]:
             raise InputError(f"no stage {name!r}; stages are {[own.name for own in self.config.stages]}")
-        return seen_documents(self, name, count)
+        documents = seen_documents(self, name, count) if stage or queries is None else []
+        return documents + ([] if queries is None else seen_queries(self, queries, count))
 
     def as_published(self) -> Self:
         """With the published generation's factors, where it is of these models and settings: a fit may be under way."""
@@ -179,9 +180,10 @@ class Pipeline(Indexing):
         asked = self.read_queries(queries)
         target = self.config.stage(self.target)
         found = records.read_list(documents)
-        sequences, rows = corpus.encode_list(
-            found, self.tokenizer(self.target), self.max_length(self.target), target.task, self.config.corpus.start
-        )
+        with self.reading(self.target):
+            sequences, rows = corpus.encode_list(
+                found, self.tokenizer(self.target), self.max_length(self.target), target.task, self.config.corpus.start
+            )
         check_sequences(sequences, self.structure(self.target), target.task, self.target)
         scores = self.as_published().scores(asked, sequences)
         total = np.zeros((len(scores), len(found)), dtype=np.float64)

@@ -170,10 +170,10 @@ def _completed(
     rows = [row for row, alone in enumerate(generated) if alone]
     if not rows:
         return found
-    if tokenizer is None or complete is None:
+    if complete is None:
         raise InputError(
-            f"query {found[rows[0]]['id']!r} has no completion, and without a language model and its tokenizer none "
-            "can be generated; give it a completion"
+            f"query {found[rows[0]]['id']!r} has no completion, and without a language model none can be generated; "
+            "give it a completion"
         )
     prompts = encode_prompts([found[row] for row in rows], tokenizer, start)
     found = list(found)

@@ -213,7 +213,8 @@ def _whole_numbers(values: Any) -> bool:
 
 def metadata_of(record: Record, known: set[str] = KNOWN) -> Record:
     """The fields that msif does not know: kept, and queryable in SQL."""
-    return {key: value for key, value in record.items() if key not in known}
+    read = known | chats.VARIABLES if "messages" in record else known
+    return {key: value for key, value in record.items() if key not in read}
 
 
 def text_of(record: Record) -> str:
@@ -230,7 +231,7 @@ def parts_of(record: Record) -> tuple[str, str]:
     """
     if "messages" in record:
         turns = chats.turns(record)
-        answer = str(turns.pop()["content"]) if turns[-1]["role"] == chats.ASSISTANT else ""
+        answer = chats.said(turns.pop()) if turns[-1]["role"] == chats.ASSISTANT else ""
         return chats.transcript(turns), answer
     if is_pair(record):
         return str(record["prompt"]), str(record.get("completion") or "")  # given tokens need no completion

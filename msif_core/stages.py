@@ -6,7 +6,8 @@ stands, so each can be killed and called again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
@@ -15,8 +16,9 @@ import torch
 
 from msif_core import corpus, models, storage, tokenizers, tracking, vocabulary
 from msif_core.config import Config
-from msif_core.errors import InputError
+from msif_core.errors import InputError, NoTokenizerError
 from msif_core.meta_models import LONGEST_WINDOW, meta_model, window
+from msif_core.tokenizers import VOCABULARIES
 from msif_core.workspace import Workspace
 
 Progress = Callable[[str, int, int], None]
@@ -94,6 +96,22 @@ class Stages:
         tokenizers.check_size(found, vocabulary.sizes(self.structure(stage), settings.task)[0], settings.model)
         return found
 
+    @contextmanager
+    def reading(self, stage: str) -> Iterator[None]:
+        """Names the stage and its model's folder where a record needs the tokenizer that is not there.
+
+        Raises:
+            InputError: so it is.
+        """
+        try:
+            yield
+        except NoTokenizerError as error:
+            model, looked_for = self.config.stage(stage).model, ", no ".join(VOCABULARIES)
+            raise InputError(
+                f"stage {stage!r}: {model} has no tokenizer (no {looked_for}), "
+                f"and record {error.record!r} is text; put the files of the model's tokenizer there, or give input_ids"
+            ) from None
+
     def structure(self, stage: str) -> torch.nn.Module:
         """The stage's model without weights."""
         return meta_model(self.config, self.config.stage(stage))
@@ -138,7 +156,7 @@ class Stages:
             InputError: a record is malformed, or has tokens or labels that the stage's model lacks.
         """
         settings, model = self.config.stage(stage), self.structure(stage)
-        with storage.locked(self.workspace.corpus(stage)):
+        with self.reading(stage), storage.locked(self.workspace.corpus(stage)):
             path = corpus.tokenize(
                 settings.documents,
                 self.workspace.corpus(stage),

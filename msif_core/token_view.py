@@ -13,20 +13,27 @@ from msif_core.batching import IGNORED
 from msif_core.encoding import Window, encode, encode_prompts
 from msif_core.queries import contrast_of
 from msif_core.stages import Stages
-from msif_core.tokenizers import special_tokens, token_texts
+from msif_core.tokenizers import reads_as_nothing, special_tokens, token_texts
 
 
 @dataclass(frozen=True)
 class Token:
-    """One token: its number, what it reads as in its place, whether it has a loss, whether it is a special one.
+    """One token.
 
-    Of a character whose bytes are several tokens, the first has the character and the others read as nothing.
+    Attributes:
+        id: its number.
+        text: what it reads as in its place. Of a character whose bytes are several tokens, the first has the
+            character and the others nothing.
+        target: whether it has a loss.
+        special: whether it is a special one.
+        rest: whether it is a part of the character that a token before it reads as.
     """
 
     id: int
     text: str
     target: bool
     special: bool
+    rest: bool
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,8 @@ def seen_documents(stages: Stages, stage: str, count: int) -> list[Seen]:
     skipped = records.Skipped()
     found = list(islice(records.read_records(settings.documents, skipped, corpus.skip_bad_records), count))
     tokenizer = stages.tokenizer(stage)
-    encoded = encode(found, tokenizer, stages.max_length(stage), settings.task, corpus.start)
+    with stages.reading(stage):
+        encoded = encode(found, tokenizer, stages.max_length(stage), settings.task, corpus.start)
     classified = settings.task == "classification"
     shown = [_seen(record, "document", own, tokenizer, classified) for record, own in zip(found, encoded, strict=True)]
     return [seen for windows in shown for seen in windows]
@@ -71,14 +79,15 @@ def seen_queries(stages: Stages, source: Path | Sequence[records.Record], count:
     last, start = stages.config.stages[-1], stages.config.corpus.start
     tokenizer, length = stages.tokenizer(last.name), stages.query_length()
     shown: list[Seen] = []
-    for record in records.read_list(source, records.query_problem_of)[:count]:
-        asked = {"query": record, "contrast": contrast_of(record) if record.get("contrast") is not None else None}
-        if records.lacks_completion(record):
-            (prompt,) = encode_prompts([record], tokenizer, start)
-            shown += _seen(record, "prompt", [(prompt, [IGNORED] * len(prompt))], tokenizer)
-            del asked["query"]
-        for kind, one in asked.items():
-            if one is not None:
+    with stages.reading(last.name):
+        for record in records.read_list(source, records.query_problem_of)[:count]:
+            asked = [("contrast", contrast_of(record))] if record.get("contrast") is not None else []
+            if records.lacks_completion(record):
+                (prompt,) = encode_prompts([record], tokenizer, start)
+                shown += _seen(record, "prompt", [(prompt, [IGNORED] * len(prompt))], tokenizer)
+            else:
+                asked = [("query", record), *asked]
+            for kind, one in asked:
                 (windows,) = encode([one], tokenizer, length, last.task, start, last_turn=True)
                 shown += _seen(record, kind, windows, tokenizer, last.task == "classification")
     return shown
@@ -91,7 +100,9 @@ def _seen(
     for number, (ids, labels) in enumerate(windows or [([], [])], 1):
         # The first label is that of a classification, or of a token that nothing predicts.
         targets = [bool(i) and label != IGNORED for i, label in enumerate(labels)]
-        texts = token_texts(tokenizer, ids)
-        tokens = [Token(i, text, on, i in special) for i, text, on in zip(ids, texts, targets, strict=True)]
+        tokens = [
+            Token(i, text, on, i in special, rest=not text and not reads_as_nothing(tokenizer, i))
+            for i, text, on in zip(ids, token_texts(tokenizer, ids), targets, strict=True)
+        ]
         label = labels[0] if classified else None
         yield Seen(str(record["id"]), kind, number, len(windows), tokens, label)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import transformers
@@ -26,6 +28,12 @@ SMALLEST_SHARE = 0.5
 
 RARE = "\U0001242b \U00013000"
 """Cuneiform and a hieroglyph: in hardly a vocabulary, unless it has all bytes."""
+
+FOUND_AT = {"name_or_path", "is_local", "local_files_only", "cache_dir", "revision", "_commit_hash"}
+"""Options of a tokenizer that say where it was found, and nothing of what it does."""
+
+SPACES = " \u2581"
+"""A space, and SentencePiece's sign for one."""
 
 REPLACEMENT = "\ufffd"
 """What bytes that are no whole character decode to."""
@@ -101,6 +109,9 @@ def check_size(tokenizer: Any, rows: int, source: str) -> None:
 def start_tokens(tokenizer: Any, setting: str) -> list[int]:
     """Tokens in front of a text: as `corpus.start` has it, under `auto` those that the tokenizer itself puts there.
 
+    These are found with a text of one letter: the special tokens that its encoding begins with, and no more of them
+    than the tokenizer adds (it may end texts with one, too).
+
     Raises:
         InputError: `always`, and the tokenizer has no start token.
     """
@@ -120,10 +131,24 @@ def start_tokens(tokenizer: Any, setting: str) -> list[int]:
     return list(ids[: min(added, leading)])
 
 
-def end_token(tokenizer: Any) -> tuple[int | None, set[int]]:
-    """The token that ends a text, and those after which none is put: itself, and other special ones, as of a chat."""
+@dataclass(frozen=True)
+class EndOfTexts:
+    """The token that ends a text, None without one, and those after which none is put."""
+
+    token: int | None
+    ending: frozenset[int]
+
+    def put_after(self, ids: list[int]) -> list[int]:
+        """A text's tokens with their end."""
+        return ids if self.token is None or (ids and ids[-1] in self.ending) else [*ids, self.token]
+
+
+def end_of_texts(tokenizer: Any) -> EndOfTexts:
+    """How its texts end: also with other special tokens than its end token, as those of a chat's turns."""
+    if tokenizer is None:
+        return EndOfTexts(None, frozenset())
     end = tokenizer.eos_token_id
-    return end, special_tokens(tokenizer) - {unknown_token(tokenizer)} | {end}
+    return EndOfTexts(end, frozenset(special_tokens(tokenizer) - {unknown_token(tokenizer)} | {end}))
 
 
 def special_tokens(tokenizer: Any) -> set[int]:
@@ -154,18 +179,38 @@ def tokenizer_fingerprint(tokenizer: Any) -> str | None:
     """Digest of what a tokenizer does, less the truncation and padding that its last call left in it."""
     if tokenizer is None:
         return None
-    named = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.chat_template)
+    named = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.chat_template, tokenizer.split_special_tokens)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return storage.fingerprint(type(tokenizer).__name__, tokenizer.get_vocab(), *named)
+        vocabulary = (tokenizer.get_vocab(), _vocabulary_digests(tokenizer))
+        return storage.fingerprint(type(tokenizer).__name__, *vocabulary, _options(tokenizer), *named)
     state = json.loads(backend.to_str())
     return storage.fingerprint({**state, "truncation": None, "padding": None}, *named)
+
+
+def _vocabulary_digests(tokenizer: Any) -> list[str]:
+    """Of a slow tokenizer's files: merges and normalizers are in them, and not in its vocabulary."""
+    with TemporaryDirectory() as folder:
+        try:
+            files = tokenizer.save_vocabulary(folder) or ()
+        except Exception:  # of many kinds: code of others, and not every class has such files
+            return []
+        return [storage.file_digest(Path(file)) for file in files]
+
+
+def _options(tokenizer: Any) -> dict[str, Any]:
+    """What a slow tokenizer was made with and kept, as whether it lowers cases, less where it was found."""
+    plain = {
+        name: value for name, value in tokenizer.init_kwargs.items() if isinstance(value, str | int | float | dict)
+    }
+    return {name: value for name, value in plain.items() if name not in FOUND_AT and not name.endswith("_file")}
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """What each token reads as in its place, so that joined they are the text; its number without a tokenizer.
 
-    Of a character whose bytes are several tokens, the first has the character and the others nothing.
+    Of a character whose bytes are several tokens, the first has the character and the others nothing. A token that
+    a decoder leaves out (the space that SentencePiece puts before a text) has nothing either (`reads_as_nothing`).
     """
     if tokenizer is None:
         return [str(int(token)) for token in ids]
@@ -179,10 +224,9 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     before, first = 0, 0  # tokens of the piece before, which a decoder may need to see, and of the one at hand
     for i in range(len(ids)):
         piece = read(ids[before : i + 1])[len(read(ids[before:first])) :]
-        whole = piece and not piece.endswith(
-            REPLACEMENT
-        )  # decoders replace the bytes of half a character, or drop them
-        if not whole and i + 1 < len(ids) and i - first < 4:  # at most four bytes, and an empty token before them
+        # Decoders replace the bytes of half a character, or drop them.
+        half = piece.endswith(REPLACEMENT) or (not piece and not reads_as_nothing(tokenizer, ids[i]))
+        if half and i + 1 < len(ids) and i - first < 3:  # a character is four bytes at most
             continue
         if REPLACEMENT in piece:  # no whole character comes of these bytes
             texts[first : i + 1] = [read([token]) for token in ids[first : i + 1]]
@@ -190,3 +234,12 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
             texts[first] = piece
         before, first = first, i + 1
     return texts
+
+
+def reads_as_nothing(tokenizer: Any, token: int) -> bool:
+    """Whether a token without text stands for itself: a space that decoding leaves out, or a number without a token.
+
+    Others are parts of a character.
+    """
+    name = tokenizer.convert_ids_to_tokens(int(token))
+    return name is None or not name.strip(SPACES)

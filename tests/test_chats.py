@@ -30,6 +30,14 @@ MARKED = (
     "{{ m['role'] + ': ' + m['content'] + '\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
+TOOLED = (
+    "{% if enable_thinking %}[on]{% endif %}"
+    "{% if tools %}{{ '<|im_start|>tools\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
+    "{% for d in documents or [] %}{{ '<|im_start|>document\n' + d['text'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{{ m.content if m.content is defined else '' }}"
+    "{% for c in m.tool_calls or [] %}{{ '<call>' + c | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 FORGETFUL = (
     "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}[{{ m['content'] }}]{% endif %}{% endfor %}"
 )
@@ -119,8 +127,130 @@ def test_a_model_without_a_template_is_named(tmp_path: Path) -> None:
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_by_name() -> None:
     tokenizer = with_template(qwen2(), FORGETFUL)
-    with pytest.raises(InputError, match=r"record 'a': the chat template .* its text of the messages before message 2"):
+    message = (
+        r"record 'a': the chat template of .* writes earlier turns otherwise once later ones follow, so the "
+        r"assistant's part of message 2 is not known; give prompt and completion, or put \{% generation %\} marks into "
+    )
+    with pytest.raises(InputError, match=message):
         encode([ASK, ANSWER, MORE, LAST], tokenizer)
+
+
+def test_a_prompt_that_no_turn_begins_with_is_refused_by_name() -> None:
+    """As of templates whose prompt opens the model's thoughts, which its earlier turns do not show."""
+    tokenizer = with_template(qwen2(), CHATML.replace("assistant\n' }}", "assistant\n<think>' }}"))
+    with pytest.raises(InputError, match=r"does not begin that turn as its own prompt for it does, so the assistant's"):
+        encode([ASK, ANSWER], tokenizer)
+
+
+# -- the assistant's turn comes first -----------------------------------------------------------------
+
+
+GREETING = {"role": "assistant", "content": "What is an oak, or a kite?"}
+
+
+@pytest.mark.parametrize("front", ["", "{{ '<|im_start|>system\n' + 'user asks<|im_end|>\n' }}"])
+def test_a_greeting_has_a_loss(front: str) -> None:
+    tokenizer = with_template(qwen2(), front + CHATML)
+    for messages in ([GREETING, ASK, ANSWER], [GREETING]):
+        [(ids, labels)] = encode(messages, tokenizer)
+        assert ids == tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"]
+        turns = [f"{m['content']}<|im_end|>" for m in messages if m["role"] == "assistant"]
+        assert runs(labels, tokenizer) == turns
+    [(_, labels)] = encode([GREETING, ASK, ANSWER], tokenizer, last_turn=True)
+    assert runs(labels, tokenizer) == ["A thing that flies.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (CHATML.replace("+ m['content']", "+ m['content'] | length | string + m['content']"), GREETING),
+        (CHATML.replace("+ m['content']", "+ m['reasoning_content'] + m['content']"), {"reasoning_content": "user"}),
+    ],
+)
+def test_a_greeting_that_cannot_be_located_has_a_reason_of_its_own(template: str, message: dict[str, Any]) -> None:
+    tokenizer = with_template(qwen2(), template)
+    refused = r"does not show where the content of a first message begins, so the assistant's part of message 1 is not"
+    with pytest.raises(InputError, match=refused):
+        encode([GREETING | message], tokenizer)
+
+
+# -- tools, documents and the template's other variables ----------------------------------------------
+
+
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {"x": {}}}}}
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {"x": 1}}}]}
+RESULT = {"role": "tool", "name": "look", "content": "An oak."}
+GIVEN = {"tools": [TOOL], "documents": [{"text": "user asks"}], "chat_template_kwargs": {"enable_thinking": True}}
+
+
+@pytest.fixture(scope="module")
+def tooled() -> Any:
+    return with_template(qwen2(), TOOLED)
+
+
+def reference(messages: list[dict[str, Any]], tokenizer: Any, **options: Any) -> list[int]:
+    """What `apply_chat_template` makes of a chat with all of GIVEN."""
+    given = {**{name: GIVEN[name] for name in ("tools", "documents")}, **GIVEN["chat_template_kwargs"]}
+    return list(tokenizer.apply_chat_template(messages, tokenize=True, **given, **options)["input_ids"])
+
+
+@pytest.mark.parametrize("written", [lambda value: value, json.dumps], ids=["json", "text of json"])
+def test_tools_documents_and_variables_reach_the_template(tooled: Any, written: Any) -> None:
+    given = {name: written(value) for name, value in GIVEN.items()}
+    messages = [ASK, CALL, RESULT, ANSWER]
+    record = {"id": "a", "messages": messages, **given}
+    assert records.problem_of(record) is None
+    [[(ids, labels)]] = encoding.encode([record], tooled, 512, "causal_lm")
+    assert ids == reference(messages, tooled)
+    call = '<call>{"type": "function", "function": {"name": "look", "arguments": {"x": 1}}}<|im_end|>'
+    assert runs(labels, tooled) == [call, "A thing that flies.<|im_end|>"]
+    asked = encoding.encode_prompts([{"id": "q", "messages": messages[:3], **given}], tooled)
+    assert asked == [reference(messages[:3], tooled, add_generation_prompt=True)]
+    found = load_queries([record], tooled, 512, "causal_lm")
+    assert found.sequences.input_ids[0].tolist() == ids
+    assert found.metadata == [{}]
+    shown = f"user: What is a kite?\nassistant: {json.dumps(CALL['tool_calls'])}\ntool: An oak."
+    assert found.prompts == [shown]
+
+
+def test_another_tool_is_another_document(tmp_path: Path, tooled: Any) -> None:
+    rows = [{"id": "a", "messages": [ASK, ANSWER], **GIVEN}]
+    seen = []
+    for tools in ([TOOL], [TOOL, TOOL], None):
+        build(write_jsonl(tmp_path / "a.jsonl", [rows[0] | {"tools": tools}]), tmp_path / "c", tooled, max_length=512)
+        seen.append(corpus.sequences_of_documents(tmp_path / "c", ["a"]).fingerprints[0])
+        assert corpus.rows_of_documents(tmp_path / "c", ["a"], ["metadata"])["a"]["metadata"] == "{}"
+    assert len(set(seen)) == 3
+
+
+def test_tools_are_the_same_from_parquet(tmp_path: Path, tooled: Any) -> None:
+    """There every tool and every call has the fields of all of them, null where it has none."""
+    other = {"type": "function", "function": {"name": "ask", "parameters": {"type": "object", "properties": {"y": {}}}}}
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "ask", "arguments": {"y": "no"}}}]}
+    rows = [
+        {"id": "a", "messages": [ASK, CALL], "tools": [TOOL]},
+        {"id": "b", "messages": [ASK, call], "tools": [other]},
+    ]
+    rows = json.loads(json.dumps(rows).replace("{}", '{"type": "string"}'))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    build(str(tmp_path / "a.parquet"), tmp_path / "parquet", tooled, max_length=512)
+    build(write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "jsonl", tooled, max_length=512)
+    found = [corpus.sequences_of_documents(tmp_path / name, ["a", "b"]) for name in ("parquet", "jsonl")]
+    names = [[tooled.decode(ids) for ids in sequences.input_ids] for sequences in found]
+    assert names[0] == names[1]
+
+
+def test_tools_of_a_text_are_metadata() -> None:
+    assert records.metadata_of({"id": "a", "text": "x", **GIVEN}) == GIVEN
+
+
+def test_a_template_for_tools_is_taken_where_there_are_some() -> None:
+    tokenizer = with_template(qwen2(), {"default": CHATML, "tool_use": TOOLED})
+    plain, tools = ({"id": "a", "messages": [ASK, ANSWER], **more} for more in ({}, {"tools": [TOOL]}))
+    [[(with_tools, _)]] = encoding.encode([tools], tokenizer, 512, "causal_lm")
+    [[(without, _)]] = encoding.encode([plain], tokenizer, 512, "causal_lm")
+    assert '"name": "look"' in tokenizer.decode(with_tools)
+    assert without == with_tools[-len(without) :]
 
 
 def test_messages_that_a_template_refuses_are_named() -> None:
@@ -145,6 +275,18 @@ def test_a_chat_is_the_same_every_day() -> None:
         ({"messages": [{"role": "user"}]}, "message 1: write"),
         ({"messages": [ASK, {"role": "assistant", "content": [{"type": "image"}]}]}, "message 2: write"),
         ({"messages": [ASK, "no"]}, "message 2: write"),
+        ({"messages": [ASK, {"role": "assistant", "tool_calls": []}]}, "message 2: write"),
+        (
+            {"messages": [ASK, ANSWER], "tools": "look"},
+            "tools beside messages must be a list of JSON schemas, as JSON or",
+        ),
+        ({"messages": [ASK, ANSWER], "tools": {"a": 1}}, "tools beside messages must be a list of JSON schemas"),
+        ({"messages": [ASK, ANSWER], "documents": ["x"]}, "documents beside messages must be a list of objects"),
+        ({"messages": [ASK, ANSWER], "chat_template_kwargs": [1]}, "chat_template_kwargs must be an object"),
+        (
+            {"messages": [ASK, ANSWER], "chat_template_kwargs": {"tools": []}},
+            "chat_template_kwargs cannot give tools; tools and documents are fields of the record itself",
+        ),
         ({"messages": [ASK]}, "no turn of the assistant in messages"),
         ({"messages": [ASK, ANSWER], "completion": "no"}, "messages end with the assistant's turn, and there is a"),
         ({"messages": [ASK], "completion": 3}, "a completion beside messages must be text"),

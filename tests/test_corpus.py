@@ -1,6 +1,7 @@
 """Documents to shards: determinism, reuse, versions, quarantine."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,44 @@ def test_the_tokenizer_s_last_call_does_not_make_it_another(tmp_path: Path, toke
     before = tokenizers.tokenizer_fingerprint(tokenizer)
     tokenizer("w1 w2 w3", truncation=True, max_length=2)
     assert tokenizers.tokenizer_fingerprint(tokenizer) == before
+
+
+def slow_bert(folder: Path, **options: Any) -> Any:
+    """As a checkpoint has it: saved, and loaded."""
+    from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy as BertTokenizer
+
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "foo"]))
+    BertTokenizer(str(folder / "vocab.txt"), **options).save_pretrained(folder)
+    return BertTokenizer.from_pretrained(folder)
+
+
+def test_a_slow_tokenizer_s_options_make_it_another_and_its_folder_does_not(tmp_path: Path):
+    found = [
+        tokenizers.tokenizer_fingerprint(slow_bert(tmp_path / str(i), do_lower_case=lower, strip_accents=accents))
+        for i, (lower, accents) in enumerate([(True, None), (True, None), (False, None), (True, True)])
+    ]
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
+
+
+def test_what_a_slow_tokenizer_s_file_holds_beside_its_vocabulary_makes_it_another(tmp_path: Path):
+    from transformers import CTRLTokenizer
+
+    found = []
+    for name, merges in (("a", "a b</w>\nb c</w>"), ("b", "b c</w>\na b</w>")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vocab.json").write_text(json.dumps({"<unk>": 0, "a": 1, "b": 2, "c</w>": 3}))
+        (tmp_path / name / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+        found.append(CTRLTokenizer.from_pretrained(tmp_path / name))
+    assert found[0].get_vocab() == found[1].get_vocab()
+    assert len({tokenizers.tokenizer_fingerprint(each) for each in found}) == 2
+
+
+def test_special_tokens_read_as_text_make_another_tokenizer(tokenizer: Any):
+    other = deepcopy(tokenizer)
+    other.split_special_tokens = True
+    assert tokenizers.tokenizer_fingerprint(other) != tokenizers.tokenizer_fingerprint(tokenizer)
 
 
 def test_a_changed_document_changes_its_shard_alone(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):

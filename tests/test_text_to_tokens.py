@@ -199,6 +199,25 @@ def test_joined_token_texts_are_the_text(tokenizers: dict[str, Any], text: str) 
         assert "".join(token_texts(tokenizer, ids)) == tokenizer.decode(ids), name
 
 
+def test_the_space_that_sentencepiece_puts_before_a_text_takes_no_other_tokens_place(
+    tokenizers: dict[str, Any],
+) -> None:
+    llama, unigram = tokenizers["llama"], tokenizers["unigram"]
+
+    def texts(tokenizer: Any, names: list[str]) -> list[str]:
+        return token_texts(tokenizer, tokenizer.convert_tokens_to_ids(names))
+
+    for tokenizer in (llama, unigram):
+        assert texts(tokenizer, ["▁", "T", "h", "e"]) == ["", "T", "h", "e"]
+        assert texts(tokenizer, ["▁", "▁", "x"]) == ["", " ", "x"]
+        assert texts(tokenizer, ["x", "▁", "x"]) == ["x", " ", "x"]
+    assert texts(llama, ["▁", "<0xC3>", "<0xA9>", "x"]) == ["", "é", "", "x"]
+    assert texts(llama, ["▁", "<0xC3>", "x"]) == ["", "\ufffd", "x"]
+    assert token_texts(llama, [5000, *llama.convert_tokens_to_ids(["x", "y"])]) == ["", "x", "y"], "of a padded model"
+    assert texts(tokenizers["byt5"], ["Ã", "©", "x"]) == ["é", "", "x"]
+    assert texts(tokenizers["gpt2"], ["Ã", "©", "x"]) == ["é", "", "x"]
+
+
 def test_token_texts_keep_spaces_characters_and_special_tokens(tokenizers: dict[str, Any]) -> None:
     llama, gpt2 = tokenizers["llama"], tokenizers["gpt2"]
     ids = llama("What is 🙂?")["input_ids"]

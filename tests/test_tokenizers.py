@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,12 @@ FAMILIES: dict[str, Any] = {
 }  # fmt: skip
 
 
+NO_TOKENIZER = (
+    r"stage 's': {} has no tokenizer \(no tokenizer.json, no tokenizer.model, .*\), and record '{}' is text; "
+    "put the files of the model's tokenizer there, or give input_ids"
+)
+
+
 def language_model(folder: Path, family: str, documents: list[dict[str, Any]], **changes: Any) -> Pipeline:
     """A configuration of one stage; its model has no weights, which tokens need none of."""
     FAMILIES[family]().save_pretrained(folder)
@@ -122,8 +129,24 @@ def language_model(folder: Path, family: str, documents: list[dict[str, Any]], *
 def test_a_class_that_makes_up_a_vocabulary_is_no_tokenizer(tmp_path: Path, family: str) -> None:
     found = language_model(tmp_path, family, [{"id": "a", "text": "What is a kite?"}])
     assert found.tokenizer("s") is None
-    with pytest.raises(InputError, match=r"record 'a' is text, but the stage's model has no tokenizer"):
+    with pytest.raises(InputError, match=NO_TOKENIZER.format(tmp_path, "a")):
         found.tokenize("s")
+
+
+def test_a_folder_without_its_tokenizer_is_named_wherever_records_are_read(tmp_path: Path) -> None:
+    found = language_model(tmp_path, "llama", [{"id": "a", "input_ids": [7, 8, 9]}, {"id": "b", "text": "a kite"}])
+    (tmp_path / "q.jsonl").write_text(json.dumps({"id": "q", "prompt": "What is", "completion": " a kite?"}) + "\n")
+    asked: list[tuple[str, Callable[[], Any]]] = [
+        ("b", lambda: found.tokens("s")),
+        ("q", lambda: found.tokens(queries=tmp_path / "q.jsonl")),
+        ("q", lambda: found.read_queries(tmp_path / "q.jsonl")),
+        ("p", lambda: found.tokens(queries=[{"id": "p", "prompt": "What is"}])),
+        ("p", lambda: found.read_queries([{"id": "p", "prompt": "What is"}])),
+        ("b", lambda: found.score([{"id": "t", "input_ids": [7, 8]}], [{"id": "b", "text": "a kite"}])),
+    ]
+    for record, ask in asked:
+        with pytest.raises(InputError, match=NO_TOKENIZER.format(tmp_path, record)):
+            ask()
 
 
 def test_tokens_need_no_tokenizer_whatever_the_class_makes_up(tmp_path: Path) -> None:
