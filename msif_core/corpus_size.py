@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_left
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from msif_core import records, storage
@@ -25,28 +28,67 @@ SHRUNK = 3.5
 """Size of records to that of their compressed file, of English text too."""
 
 
-def corpus_size(config: Config, stage: Stage, window: int, given: int | None) -> tuple[int, int, int, str]:
-    """Sequences, tokens, shards, and how they are known: counted, given, estimated from the files, or assumed."""
+@dataclass(frozen=True)
+class CorpusSize:
+    """A stage's corpus; `assumed` says how its numbers are known, empty where they are counted.
+
+    `lengths` are tokens of its sequences, or of a sample of them, int64.
+    """
+
+    sequences: int
+    tokens: int
+    shards: int
+    lengths: npt.NDArray[np.int64]
+    assumed: str = ""
+
+    def padded(self, count: int, batch_tokens: int) -> float:
+        """Tokens of a sequence with the padding of its batch, on average of `count` sequences like these."""
+        lengths = np.quantile(self.lengths, np.linspace(1, 0, count), method="nearest")
+        start, total = 0, 0
+        while start < count:  # as `batches`: the longest first
+            rows = min(count - start, max(1, batch_tokens // int(lengths[start])))
+            total += rows * int(lengths[start])
+            start += rows
+        return total / count
+
+
+def corpus_size(config: Config, stage: Stage, window: int, given: int | None) -> CorpusSize:
+    """Counted, given, estimated from the files, or assumed.
+
+    Raises:
+        InputError: a file holds no record.
+    """
     per_shard = config.corpus.shard_sequences
+    whole = np.array([window])
     if given is not None:
-        return given, given * window, shard_count(given, per_shard), f"{given:,} sequences of {window} tokens as given"
+        note = f"{given:,} sequences of {window} tokens as given"
+        return CorpusSize(given, given * window, shard_count(given, per_shard), whole, note)
     folder = Workspace(config.workspace.resolve()).corpus(stage.name)
     if (folder / "manifest.json").exists():
         shards = storage.read_json(folder / "manifest.json")["shards"]
-        columns = (pq.read_table(folder / s["documents"], columns=["n_tokens"])["n_tokens"] for s in shards)
-        tokens = sum(int(column.to_numpy().sum()) for column in columns)
-        return sum(s["n_sequences"] for s in shards), tokens, len(shards), ""
+        columns = [pq.read_table(folder / s["documents"], columns=["n_tokens"])["n_tokens"] for s in shards]
+        tokens = np.concatenate([column.to_numpy() for column in columns])
+        return CorpusSize(
+            sum(s["n_sequences"] for s in shards), int(tokens.sum()), len(shards), window_lengths(tokens, window)
+        )
     sources = stage.documents if isinstance(stage.documents, list) else [stage.documents]
     try:
         found = [_estimate(source, window, _tokenizer(config, stage)) for source in sources]
     except LookupError:
         count = config.curvature.max_sequences
         note = f"its documents are not here: {count:,} sequences of {window} tokens assumed, see --sequences"
-        return count, count * window, shard_count(count, per_shard), note
-    count, tokens = (sum(column) for column in zip(*found, strict=True))
-    if not count:
+        return CorpusSize(count, count * window, shard_count(count, per_shard), whole, note)
+    counts, totals, lengths = zip(*found, strict=True)
+    if not sum(counts):
         raise InputError(f"{stage.documents}: no document in it")
-    return count, tokens, shard_count(count, per_shard), "estimated from the size of its files"
+    note, count = "estimated from the size of its files", sum(counts)
+    return CorpusSize(count, sum(totals), shard_count(count, per_shard), np.concatenate(lengths), note)
+
+
+def window_lengths(tokens: npt.NDArray[np.int64], window: int) -> npt.NDArray[np.int64]:
+    """Tokens of each window of texts of so many tokens, the whole windows first; at least one."""
+    rest = tokens % window
+    return np.concatenate([np.full(int((tokens // window).sum()), window), rest[rest > 0], [1] * (not tokens.any())])
 
 
 def _tokenizer(config: Config, stage: Stage) -> Any:
@@ -65,8 +107,10 @@ def _characters_per_token(texts: list[str], tokenizer: Any) -> float:
     return sum(map(len, some)) / max(1, sum(len(ids) for ids in tokenizer(some).input_ids))
 
 
-def _estimate(source: str | HubDataset, window: int, tokenizer: Any, sample: int = 500) -> tuple[int, int]:
-    """Sequences and tokens of a glob, from its first records and the files' sizes.
+def _estimate(
+    source: str | HubDataset, window: int, tokenizer: Any, sample: int = 500
+) -> tuple[int, int, npt.NDArray[np.int64]]:
+    """Sequences and tokens of a glob, and those of some windows: from its first records and the files' sizes.
 
     Raises:
         LookupError: there is no file.
@@ -78,7 +122,7 @@ def _estimate(source: str | HubDataset, window: int, tokenizer: Any, sample: int
         files = records.files_of(source)
     except InputError as error:
         raise LookupError(source) from error
-    documents, counts, lengths, read = 0.0, 0, 0, 0
+    documents, read = 0.0, list[int]()
     for path in files:
         texts, stored = [], 0
         for record in records.read_records(str(path), records.Skipped(), skip=True):
@@ -92,9 +136,7 @@ def _estimate(source: str | HubDataset, window: int, tokenizer: Any, sample: int
             size = path.stat().st_size * (SHRUNK if path.suffix in (".gz", ".bz2", ".zst") else 1)
             documents += size / max(1.0, stored / max(1, len(texts)))
         characters = _characters_per_token([t for t in texts if isinstance(t, str)], tokenizer)
-        tokens = [math.ceil(len(t) / (characters if isinstance(t, str) else 1)) for t in texts]
-        counts += sum(math.ceil(n / window) for n in tokens)
-        lengths += sum(tokens)
-        read += len(texts)
-    scale = documents / max(1, read)
-    return round(counts * scale), round(lengths * scale)
+        read += [math.ceil(len(t) / (characters if isinstance(t, str) else 1)) for t in texts]
+    scale, lengths = documents / max(1, len(read)), window_lengths(np.array(read, dtype=np.int64), window)
+    counts = sum(math.ceil(n / window) for n in read)
+    return round(counts * scale), round(sum(read) * scale), lengths

@@ -47,7 +47,8 @@ class StagePlan:
 
     `assumed` says what of its corpus is not known yet, empty where it is tokenized; `coverage` what is tracked;
     `counted` why its passes could not be timed on this machine, empty where they were or nothing was. A document's
-    window is of `window` tokens at most, which its model has `positions` of (None: it names none).
+    window is of `window` tokens at most, which its model has `positions` of (None: it names none). A sequence has
+    `padded` tokens with the padding of its batch, which take as long as others.
     """
 
     name: str
@@ -58,6 +59,7 @@ class StagePlan:
     maps: int
     sequences: int
     tokens: int
+    padded: float
     shards: int
     parts: int
     passes: int
@@ -142,9 +144,7 @@ def make_plan(
         model = meta_model(config, stage)
         maps = tracked_maps(model, config.curvature)
         size = stage_plan(config, stage, model, maps, given.get(stage.name))
-        found[stage.name] = _Planned(
-            stage, Work(model, maps, size.tokens / max(1, size.sequences), size.window), size, None
-        )
+        found[stage.name] = _Planned(stage, Work(model, maps, size.padded, size.window), size, None)
     widths: Counter[int] = Counter()
     for planned in found.values():
         widths.update(planned.work.eigenbasis_widths)
@@ -195,11 +195,12 @@ def stage_plan(config: Config, stage: Stage, model: nn.Module, maps: list[Tracke
     tracked, total = sum(m.size for m in maps), sum(p.numel() for p in model.parameters())
     coverage = coverage_of(model, maps)
     longest = window(config, stage.name, model) or 1024
-    count, tokens, shards, assumed = corpus_size(config, stage, longest, given)
+    corpus = corpus_size(config, stage, longest, given)
+    fitted = min(config.curvature.max_sequences, corpus.sequences)
     inputs = {m.input_group: m.d_in for m in maps}
     covariances = sum(d * d for d in inputs.values()) + sum(m.s_entries for m in maps)
     width = _width(config)
-    parts = min(shards, math.ceil(min(config.curvature.max_sequences, count) / config.curvature.part_sequences))
+    parts = min(corpus.shards, math.ceil(fitted / config.curvature.part_sequences))
     return StagePlan(
         name=stage.name,
         window=longest,
@@ -207,15 +208,16 @@ def stage_plan(config: Config, stage: Stage, model: nn.Module, maps: list[Tracke
         parameters=total,
         tracked=tracked,
         maps=len(maps),
-        sequences=count,
-        tokens=tokens,
-        shards=shards,
+        sequences=corpus.sequences,
+        tokens=corpus.tokens,
+        padded=corpus.padded(math.ceil(fitted / parts), config.compute.batch_tokens),
+        shards=corpus.shards,
         parts=parts,
         passes=len(list(partitions(maps, config.curvature.memory_budget_gb))),
         factor_bytes=(covariances + tracked) * width,
         partial_bytes=parts * (covariances + tracked) * width,
         model_bytes=total * getattr(torch, config.compute.dtype).itemsize,
-        assumed=assumed,
+        assumed=corpus.assumed,
         coverage=coverage.told(),
     )
 

@@ -47,7 +47,7 @@ LAYERS = 3
 """Layers of the deeper model: with two, one layer's time would be one difference, and so twice as noisy."""
 SMALL_VOCABULARY = 1024
 """Entries of the vocabulary of models that layers are timed in."""
-SHARE_OF_BUDGET = 0.15
+SHARE_OF_BUDGET = 0.1
 """Of the seconds at hand, what one round is planned to take by its operations: the passes are some times slower."""
 
 Passes = dict[str, Callable[[int], object]]
