@@ -1,10 +1,12 @@
-"""What `msif plan` says of small pipelines, beside what their steps then take: seconds, memory, bytes on disk.
+"""What `msif plan` says of pipelines, beside what their steps then take: seconds, memory, bytes on disk.
 
     python -m benchmarks.plan [--quick] [--out runs/bench] [--device cuda]
+    python -m benchmarks.plan --config CONFIG.yaml      your own models and documents, built in a workspace of its own
 
-The models are random GPT-NeoX, the documents random tokens. Each step is a new process; its seconds are counted after
-imports and the loading of the model (a query's are those of the second one), its memory is the largest resident size
-of the whole process; on an accelerator, what torch held of its memory and the context's, as planned.
+Without a configuration the models are random GPT-NeoX, the documents random tokens. Each step is a new process; its
+seconds are counted after imports and the loading of the model (a query's are those of the second one), its memory is
+the largest resident size of the whole process; on an accelerator, what torch held of its memory and the context's, as
+planned.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import inputs, machine, tables
-from msif_core import storage
+from msif_core import corpus, storage
 from msif_core.config import Config
 from msif_core.footprint import PROCESS
 from msif_core.pipeline import Pipeline
@@ -34,13 +36,11 @@ LARGE = {
 }
 """For an accelerator, in bfloat16 and TF32."""
 QUICK = {"0.8 M": inputs.Size(hidden=128, layers=4, heads=4, sequences=256, queries=1)}
-STEPS = ("covariances", "eigenbases", "eigenvalues", "sketches", "one query")
 
 
 def configuration(folder: Path, size: inputs.Size, device: str) -> Config:
-    """One stage over random documents; the model is written once, without a tokenizer."""
-    if not (folder / "model").exists():
-        size.model().save_pretrained(folder / "model")
+    """One stage over random documents, its model without a tokenizer."""
+    size.model().save_pretrained(folder / "model")
     documents = folder / "documents.jsonl"
     rows = inputs.random_tokens(size.sequences, size.tokens, 0).tolist()
     lines = (json.dumps({"id": f"d{i}", "input_ids": ids, "labels": ids}) + "\n" for i, ids in enumerate(rows))
@@ -56,9 +56,13 @@ def configuration(folder: Path, size: inputs.Size, device: str) -> Config:
     })  # fmt: skip
 
 
-def steps(pipeline: Pipeline) -> dict[str, Callable[[], object]]:
-    """The build's steps as the flows call them, and one query."""
-    stage = pipeline.target
+def given(path: Path, folder: Path) -> Config:
+    """The configuration of a file, in a new workspace of `folder`."""
+    return Config.load(path).model_copy(update={"workspace": folder / "workspace"})
+
+
+def steps(pipeline: Pipeline, stage: str) -> dict[str, Callable[[], object]]:
+    """The stage's steps of the build as the flows call them; of the attributed one, sketches and one query too."""
     parts = range(len(pipeline.fit_parts(stage)))
 
     def sketches() -> None:
@@ -71,21 +75,27 @@ def steps(pipeline: Pipeline) -> dict[str, Callable[[], object]]:
             pipeline.eigenvalue_part(stage, part)
         pipeline.combine_eigenvalues(stage)
 
-    ids = inputs.random_tokens(1, pipeline.max_length(stage), 1)[0].tolist()
-    return {
+    found: dict[str, Callable[[], object]] = {
         "covariances": lambda: [pipeline.covariance_part(stage, part) for part in parts],
         "eigenbases": lambda: [pipeline.eigenbasis_part(stage, part) for part in parts],
         "eigenvalues": eigenvalues,
-        "sketches": sketches,
-        "one query": lambda: pipeline.attribute([{"id": "q", "input_ids": ids, "labels": ids}]),
     }
+    if stage == pipeline.target:
+        found |= {"sketches": sketches, "one query": lambda: pipeline.attribute([query(pipeline)])}
+    return found
 
 
-def once(config: Config, name: str) -> None:
+def query(pipeline: Pipeline) -> dict[str, Any]:
+    """A record of the last stage, asked as a query."""
+    first = corpus.read_shard(pipeline.shards(pipeline.last)[0])
+    return {"id": "q", "input_ids": first.input_ids[0].tolist(), "labels": first.labels[0].tolist()}
+
+
+def once(config: Config, stage: str, name: str) -> None:
     """What a step's process does: the step; seconds and peak memory are printed."""
     pipeline = Pipeline(config)
-    pipeline.model(pipeline.target)
-    run = steps(pipeline)[name]
+    pipeline.model(stage)
+    run = steps(pipeline, stage)[name]
     if name == "one query":
         run()  # the plan is of a query to a process that has answered before
     started = time.perf_counter()
@@ -94,80 +104,88 @@ def once(config: Config, name: str) -> None:
     print(json.dumps([seconds, machine.peak_bytes(device) + (PROCESS if device != "cpu" else 0)]))
 
 
-def run_step(name: str, label: str, out: Path, quick: bool, device: str) -> tuple[float, float]:
+def run_step(stage: str, name: str, folder: Path) -> tuple[float, float]:
     """Seconds and bytes of a step in a new process."""
-    command = [sys.executable, "-m", "benchmarks.plan", "--out", str(out), "--step", name]
-    command += ["--size", label, "--device", device]
-    result = subprocess.run(command + ["--quick"] * quick, check=True, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "benchmarks.plan", "--folder", str(folder), "--step", stage, name]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     seconds, memory = json.loads(result.stdout.splitlines()[-1])
     return seconds, memory
 
 
-def measure(label: str, size: inputs.Size, out: Path, quick: bool, device: str) -> tables.Table:
+def measure(label: str, config: Config, folder: Path) -> tables.Table:
     """Plan, build step by step, compare."""
-    folder = out / f"plan-{label.replace(' ', '')}"
-    shutil.rmtree(folder, ignore_errors=True)
-    config = configuration(folder, size, device)
+    storage.write_json(folder / "config.yaml", config.model_dump(mode="json"))
     started = time.perf_counter()
     plan = make_plan(config)
     planning = time.perf_counter() - started
     pipeline = Pipeline(config)
-    pipeline.tokenize(pipeline.target)
-    planned = {step.name: step for step in plan.steps}
+    for own in config.stages:
+        pipeline.tokenize(own.name)
+    # The attributed stage last: its sketches are of all stages' factors.
+    stages = sorted((stage.name for stage in config.stages), key=lambda name: name == pipeline.target)
+    planned = {(step.stage, step.name): step for step in plan.steps}
     rows: list[list[tables.Cell]] = []
-    for name in STEPS:
+    for stage, name in [(own, name) for own in stages for name in steps(pipeline, own)]:
         if name == "one query":
             pipeline.publish_generation()
-        seconds, memory = run_step(name, label, out, quick, device)
-        step = planned[name]
+        seconds, memory = run_step(stage, name, folder)
+        step = planned[stage, name]
+        label_of = name if len(stages) == 1 else f"{name}, {stage}"
         told = (
-            f"{name}: {step.seconds:.3g} s planned, {seconds:.3g} s; {step.memory / 1e6:.0f} MB, {memory / 1e6:.0f} MB"
+            f"{label_of}: {step.seconds:.3g} s planned, {seconds:.3g} s; "
+            f"{step.memory / 1e6:.0f} MB, {memory / 1e6:.0f} MB"
         )
         print(told, file=sys.stderr, flush=True)
         ratios = (step.seconds / seconds - 1, step.memory / 1e6, memory / 1e6, step.memory / memory - 1)
-        rows.append([name, step.seconds, seconds, *ratios])
+        rows.append([label_of, step.seconds, seconds, *ratios])
     rows += disk(plan, pipeline)
-    note = (
-        f"{size.sequences} sequences of {size.tokens} tokens, {plan.stages[0].tracked / 1e6:.1f} M tracked parameters. "
-        f"Planning took {planning:.0f} s."
+    found = "; ".join(
+        f"{own.name} has {own.sequences} sequences, {own.tokens} tokens, {own.tracked / 1e6:.1f} M tracked parameters"
+        for own in plan.stages
     )
     columns = ["", "planned, s", "measured, s", "off", "planned, MB", "measured, MB", "off"]
-    return tables.Table(f"Plan against measurement: {label}", columns, rows, [note])
+    title = f"Plan against measurement: {label}"
+    return tables.Table(title, columns, rows, [f"As planned, {found}. Planning took {planning:.0f} s."])
 
 
 def disk(plan: Plan, pipeline: Pipeline) -> list[list[tables.Cell]]:
     """Planned and found bytes of factors, of the fit's sums and of the codes."""
-    stage = plan.stages[0]
-    factors = pipeline.factors_folder(stage.name)
-    sums = sum(path.stat().st_size for path in factors.glob("partial-*/*"))
-    found: dict[str, tuple[float, float]] = {
-        "factors on disk": (stage.factor_bytes, sum(path.stat().st_size for path in factors.glob("*.safetensors"))),
-        "sums on disk": (stage.partial_bytes, sums),
-        "codes on disk": (
-            plan.index_bytes, sum(path.stat().st_size for path in pipeline.codes_folder().glob("shard-*.faiss")),
-        ),
-    }  # fmt: skip
+    folders = [pipeline.factors_folder(stage.name) for stage in plan.stages]
+    codes = pipeline.codes_folder()
+    found = {
+        "factors on disk": (sum(s.factor_bytes for s in plan.stages), _bytes(folders, "*.safetensors")),
+        "sums on disk": (sum(s.partial_bytes for s in plan.stages), _bytes(folders, "partial-*/*")),
+        "codes on disk": (plan.index_bytes, _bytes([codes], "shard-*.faiss")),
+    }
     nothing: list[Any] = [None, None, None]
     return [[name, *nothing, want / 1e6, has / 1e6, want / has - 1] for name, (want, has) in found.items()]
 
 
+def _bytes(folders: list[Path], pattern: str) -> int:
+    return sum(path.stat().st_size for folder in folders for path in folder.glob(pattern))
+
+
 def main() -> None:
-    """Measure every size, save the tables, print them."""
+    """Measure every size, or the given configuration; save the tables, print them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--step", choices=STEPS, help="run one step in this process, and end")
-    parser.add_argument("--size", help="of that step")
+    parser.add_argument("--config", type=Path, help="a configuration to plan and build, in place of random models")
+    parser.add_argument("--step", nargs=2, metavar=("STAGE", "NAME"), help="run one step in this process, and end")
+    parser.add_argument("--folder", type=Path, help="of that step")
     options = parser.parse_args()
-    sizes = QUICK if options.quick else SIZES if options.device == "cpu" else LARGE
     if options.step:
-        folder = options.out / f"plan-{options.size.replace(' ', '')}"
-        once(configuration(folder, sizes[options.size], options.device), options.step)
+        once(Config.load(options.folder / "config.yaml"), *options.step)
         return
+    sizes = QUICK if options.quick else SIZES if options.device == "cpu" else LARGE
     found = []
-    for label, size in sizes.items():
-        found.append(measure(label, size, options.out, options.quick, options.device))
+    for label in [options.config.stem] if options.config else sizes:
+        folder = options.out / f"plan-{label.replace(' ', '')}"
+        shutil.rmtree(folder, ignore_errors=True)
+        own = options.config
+        config = given(own, folder) if own else configuration(folder, sizes[label], options.device)
+        found.append(measure(label, config, folder))
         tables.save(options.out / "plan.json", found)
     print("\n".join(table.markdown() for table in found))
 

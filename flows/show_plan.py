@@ -38,6 +38,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(f"Recall: {plan.recall_sweeps} sweeps of its sample, for the queries' gradients to fit the budget.")
     for stage in plan.stages:
         console.print(f"Stage {stage.name}: {stage.coverage}.")
+        if stage.counted:
+            console.print(f"Stage {stage.name}: times of its passes are counted operations, as {stage.counted}.")
         if stage.assumed:
             console.print(f"Stage {stage.name}: {stage.assumed}.")
 
@@ -56,7 +58,7 @@ def _origin(plan: Plan) -> str:
     measured = [step.name for step in plan.steps if step.measured]
     if not measured:
         return "counted operations over its rates"
-    return f"{', '.join(dict.fromkeys(measured))} from a model of one and two layers, the rest from its rates"
+    return f"{', '.join(dict.fromkeys(measured))} from models of few layers, the rest from its rates"
 
 
 def _count(n: float) -> str:

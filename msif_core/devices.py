@@ -1,9 +1,10 @@
-"""How fast a device multiplies matrices: measured here, or from its data sheet."""
+"""How fast a device multiplies and diagonalises matrices: measured here, or from its data sheet."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,11 @@ from msif_core.work import EIGH_FLOPS
 UTILISATION = 0.4
 """Share of the peak rate that is assumed of a device that is not measured."""
 
-GPU_EIGENBASES = 5e12
-"""Operations a second of a float64 eigendecomposition on a GPU: an H100's, 4,096 wide (wider ones 7e12)."""
+GPU_EIGENBASES = {4096: EIGH_FLOPS * 4096**3 / 5e12}
+"""Seconds of a float64 eigendecomposition on an H100, by its width (wider ones take a third less than its cube)."""
+
+WIDEST_TRIED, WIDTHS_TRIED = {"cpu": 1536, "cuda": 4096}, 3
+"""Width of the largest eigendecomposition that is measured, a second or so; and of how many widths one is."""
 
 OUTER_SHARE = 0.5
 """Rate of a per-sequence outer product, as a share of a square product's (docs/performance.md)."""
@@ -31,13 +35,16 @@ PEAKS = {"a100": (312e12, 156e12, 19.5e12), "h100": (989e12, 494e12, 67e12), "h2
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations a second: of the model, of the statistics, of queries' filters in float32, of float64 eigenbases."""
+    """Operations a second of the model, of the statistics and of queries' filters in float32.
+
+    `eigenbases` are seconds of one float64 eigendecomposition, by the width of its matrix.
+    """
 
     device: str
     model: float
     statistics: float
     filters: float
-    eigenbases: float
+    eigenbases: Mapping[int, float]
 
     @property
     def accelerator(self) -> bool:
@@ -48,13 +55,22 @@ class Rates:
         """Of operations of the model, of matrix products, of per-sequence outer products, and of filters."""
         return model / self.model + (products + outer / OUTER_SHARE) / self.statistics + filters / self.filters
 
+    def diagonalising(self, widths: Mapping[int, int]) -> float:
+        """Seconds of so many eigendecompositions of each width, by the next width whose time is known: as its cube."""
+        known = sorted(self.eigenbases)
+        found = 0.0
+        for width, count in widths.items():
+            near = next((n for n in known if n >= width), known[-1])
+            found += count * self.eigenbases[near] * (width / near) ** 3
+        return found
 
-def rates(config: Config, device: str, widest: int) -> Rates:
-    """Of a device by name, or measured on this machine; eigenbases are `widest` at most."""
+
+def rates(config: Config, device: str, widths: Mapping[int, int]) -> Rates:
+    """Of a device by name, or measured on this machine; `widths` are those of the eigenbases, and how many."""
     if device == "measure":
         name = config.compute.device
         name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-        filters, eigenbases = _measure(name, torch.float32), _measure_eigh(name, widest)
+        filters, eigenbases = _measure(name, torch.float32), _measure_eigenbases(name, widths)
         with precision(config.compute.tf32):
             model = MODEL_SHARE * _measure(name, getattr(torch, config.compute.dtype))
             return Rates(name, model, _measure(name, torch.float32), filters, eigenbases)
@@ -73,10 +89,21 @@ def _measure(device: str, dtype: torch.dtype) -> float:
     return 2.0 * n**3 / _best(lambda: (x @ x)[0, 0].item())
 
 
-def _measure_eigh(device: str, widest: int) -> float:
-    n = min(widest, 4096 if device.startswith("cuda") else 1024)
-    x = torch.randn(n, n, dtype=torch.float64).to(device)
-    return EIGH_FLOPS * n**3 / _best(lambda: torch.linalg.eigh(x + x.mT).eigenvalues[0].item(), 2)
+def _measure_eigenbases(device: str, widths: Mapping[int, int]) -> dict[int, float]:
+    """Seconds of one eigendecomposition, of the widths that take the most together.
+
+    An operation takes longer in a narrow matrix, so that each width has its own rate.
+    """
+    most = WIDEST_TRIED["cuda" if device.startswith("cuda") else "cpu"]
+    costs: Counter[int] = Counter()
+    for width, count in widths.items():
+        costs[min(width, most)] += count * width**3
+    found = {}
+    for n, _ in costs.most_common(WIDTHS_TRIED):
+        x = torch.randn(n, n, dtype=torch.float64).to(device)
+        x += x.mT.clone()
+        found[n] = _best(lambda x=x: torch.linalg.eigh(x).eigenvalues[0].item(), 3)
+    return found
 
 
 def _best(run: Callable[[], object], repeats: int = 5) -> float:

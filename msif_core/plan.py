@@ -1,24 +1,24 @@
 """What a configuration will take, before anything runs: parameters, bytes, operations and hours of each step.
 
 The models are built on the meta device: their shapes are there, their weights are not. Times of this machine are
-those of a model of one and of two layers (`probe`); of a named device, operations over a share of its peak rate.
+those of models of few layers (`probe`); of a named device, operations over a share of its peak rate.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import pyarrow.parquet as pq
 import torch
 from torch import nn
 
-from msif_core import footprint, probe, records, storage
-from msif_core.config import Config, HubDataset, Stage
+from msif_core import footprint, probe
+from msif_core.config import Config, Stage
+from msif_core.corpus_size import corpus_size
 from msif_core.coverage import coverage_of
 from msif_core.curvature.fit import partitions, statistics
-from msif_core.dealing import shard_count
 from msif_core.devices import Rates, rates
 from msif_core.errors import InputError
 from msif_core.index import cells, kind_for
@@ -27,7 +27,6 @@ from msif_core.probe import PassTime
 from msif_core.scoring import COPIES, query_groups
 from msif_core.tracking import TrackedMap, text_config, tracked_maps
 from msif_core.work import Work
-from msif_core.workspace import Workspace
 
 QUERY_STEPS = ("search", "one query")
 """Steps of a question; the others build."""
@@ -38,19 +37,18 @@ SEARCH_RATE = 3.5e9
 TRAINING_SAMPLE = 512
 """Sequences that the index is trained on, sketched once more."""
 
-CHARACTERS_PER_TOKEN = 4.0
-"""Of English text; used until a stage is tokenized."""
-
-SHRUNK = 3.5
-"""Size of records to that of their compressed file, of English text too."""
+UNLIKE, TOO_LARGE = "its layers are not alike", "a few of its layers take too long or too much memory to try here"
+"""Why a stage's passes are not timed."""
 
 
 @dataclass(frozen=True)
 class StagePlan:
     """A stage's size.
 
-    `assumed` says what of its corpus is not known yet, empty where it is tokenized; `coverage` what is tracked. A
-    document's window is of `window` tokens at most, which its model has `positions` of (None: it names none).
+    `assumed` says what of its corpus is not known yet, empty where it is tokenized; `coverage` what is tracked;
+    `counted` why its passes could not be timed on this machine, empty where they were or nothing was. A document's
+    window is of `window` tokens at most, which its model has `positions` of (None: it names none). A sequence has
+    `padded` tokens with the padding of its batch, which take as long as others.
     """
 
     name: str
@@ -61,6 +59,7 @@ class StagePlan:
     maps: int
     sequences: int
     tokens: int
+    padded: float
     shards: int
     parts: int
     passes: int
@@ -69,6 +68,7 @@ class StagePlan:
     model_bytes: int
     assumed: str
     coverage: str
+    counted: str = ""
 
 
 @dataclass(frozen=True)
@@ -144,13 +144,13 @@ def make_plan(
         model = meta_model(config, stage)
         maps = tracked_maps(model, config.curvature)
         size = stage_plan(config, stage, model, maps, given.get(stage.name))
-        found[stage.name] = _Planned(
-            stage, Work(model, maps, size.tokens / max(1, size.sequences), size.window), size, None
-        )
-    widest = max(max([*p.work.inputs, *(m.pieces[1] for m in p.work.maps)]) for p in found.values())
-    speed = rates(config, device, widest)
+        found[stage.name] = _Planned(stage, Work(model, maps, size.padded, size.window), size, None)
+    widths: Counter[int] = Counter()
+    for planned in found.values():
+        widths.update(planned.work.eigenbasis_widths)
+    speed = rates(config, device, widths)
     if device == "measure":
-        found = {name: _measured(config, planned, speed) for name, planned in found.items()}
+        found = {name: _measured(config, planned, speed, len(found)) for name, planned in found.items()}
     last, target = found[config.stages[-1].name], found[config.attribute_to]
     sweeps = query_sweeps(config, last.work, config.index.recall_queries) if config.queries else []
     sweeps = [last.work.maps] if sweeps and config.index.recall_rank else sweeps
@@ -172,18 +172,22 @@ def make_plan(
     )
 
 
-def _measured(config: Config, planned: _Planned, speed: Rates) -> _Planned:
-    """With times of its passes, where a small model of its widths runs in a moment."""
+def _measured(config: Config, planned: _Planned, speed: Rates, stages: int) -> _Planned:
+    """With times of its passes, where models of few of its layers run in this stage's share of the probes' budget."""
     work, tokens = planned.work, round(planned.work.tokens)
-    depth = getattr(text_config(work.model), "num_hidden_layers", 0)
+    depth, kept = getattr(text_config(work.model), "num_hidden_layers", 0), footprint.kept_share(config, work)
     if not probe.uniform(work.maps, depth):
-        return planned
-    operations = (work.passes([work.maps]) + work.rotation() + work.gradients()) / depth
+        return replace(planned, size=replace(planned.size, counted=UNLIKE))
+    rest = probe.PASSES * work.outside()
+    operations = probe.PASSES * work.passes([work.maps]) - rest
+    operations += work.covariance() + (1 + kept) * (work.rotation() + work.gradients())
     entries = (work.covariance_entries + work.tracked) // depth
-    if not probe.affordable(operations * max(2, config.compute.batch_tokens // tokens), entries, speed.model):
-        return planned
-    kept = footprint.kept_share(config, work)
-    return replace(planned, times=probe.measure(config, planned.stage, work.model, tokens, speed.device, kept))
+    size = probe.Size(operations / depth, rest, entries, max(2, config.compute.batch_tokens // tokens))
+    seconds = probe.BUDGET / stages
+    if (counts := size.counts(seconds, speed.model)) is None:
+        return replace(planned, size=replace(planned.size, counted=TOO_LARGE))
+    times = probe.measure(config, planned.stage, work.model, tokens, speed.device, counts, kept, seconds)
+    return replace(planned, times=times)
 
 
 def stage_plan(config: Config, stage: Stage, model: nn.Module, maps: list[TrackedMap], given: int | None) -> StagePlan:
@@ -191,11 +195,12 @@ def stage_plan(config: Config, stage: Stage, model: nn.Module, maps: list[Tracke
     tracked, total = sum(m.size for m in maps), sum(p.numel() for p in model.parameters())
     coverage = coverage_of(model, maps)
     longest = window(config, stage.name, model) or 1024
-    count, tokens, shards, assumed = corpus_size(config, stage, longest, given)
+    corpus = corpus_size(config, stage, longest, given)
+    fitted = min(config.curvature.max_sequences, corpus.sequences)
     inputs = {m.input_group: m.d_in for m in maps}
     covariances = sum(d * d for d in inputs.values()) + sum(m.s_entries for m in maps)
     width = _width(config)
-    parts = min(shards, math.ceil(min(config.curvature.max_sequences, count) / config.curvature.part_sequences))
+    parts = min(corpus.shards, math.ceil(fitted / config.curvature.part_sequences))
     return StagePlan(
         name=stage.name,
         window=longest,
@@ -203,75 +208,18 @@ def stage_plan(config: Config, stage: Stage, model: nn.Module, maps: list[Tracke
         parameters=total,
         tracked=tracked,
         maps=len(maps),
-        sequences=count,
-        tokens=tokens,
-        shards=shards,
+        sequences=corpus.sequences,
+        tokens=corpus.tokens,
+        padded=corpus.padded(math.ceil(fitted / parts), config.compute.batch_tokens),
+        shards=corpus.shards,
         parts=parts,
         passes=len(list(partitions(maps, config.curvature.memory_budget_gb))),
         factor_bytes=(covariances + tracked) * width,
         partial_bytes=parts * (covariances + tracked) * width,
         model_bytes=total * getattr(torch, config.compute.dtype).itemsize,
-        assumed=assumed,
+        assumed=corpus.assumed,
         coverage=coverage.told(),
     )
-
-
-def corpus_size(config: Config, stage: Stage, window: int, given: int | None) -> tuple[int, int, int, str]:
-    """Sequences, tokens, shards, and how they are known: counted, given, estimated from the files, or assumed."""
-    per_shard = config.corpus.shard_sequences
-    if given is not None:
-        return given, given * window, shard_count(given, per_shard), f"{given:,} sequences of {window} tokens as given"
-    folder = Workspace(config.workspace.resolve()).corpus(stage.name)
-    if (folder / "manifest.json").exists():
-        shards = storage.read_json(folder / "manifest.json")["shards"]
-        columns = (pq.read_table(folder / s["documents"], columns=["n_tokens"])["n_tokens"] for s in shards)
-        tokens = sum(int(column.to_numpy().sum()) for column in columns)
-        return sum(s["n_sequences"] for s in shards), tokens, len(shards), ""
-    sources = stage.documents if isinstance(stage.documents, list) else [stage.documents]
-    try:
-        found = [_estimate(source, window) for source in sources]
-    except LookupError:
-        count = config.curvature.max_sequences
-        note = f"its documents are not here: {count:,} sequences of {window} tokens assumed, see --sequences"
-        return count, count * window, shard_count(count, per_shard), note
-    count, tokens = (sum(column) for column in zip(*found, strict=True))
-    if not count:
-        raise InputError(f"{stage.documents}: no document in it")
-    return count, tokens, shard_count(count, per_shard), "estimated from the size of its files"
-
-
-def _estimate(source: str | HubDataset, window: int, sample: int = 500) -> tuple[int, int]:
-    """Sequences and tokens of a glob, from its first records and the files' sizes.
-
-    Raises:
-        LookupError: there is no file.
-        InputError: a file holds no record.
-    """
-    if isinstance(source, HubDataset):
-        raise LookupError(source.dataset)
-    try:
-        files = records.files_of(source)
-    except InputError as error:
-        raise LookupError(source) from error
-    documents, counts, lengths, read = 0.0, 0, 0, 0
-    for path in files:
-        texts, stored = [], 0
-        for record in records.read_records(str(path), records.Skipped(), skip=True):
-            texts.append(record.get("input_ids") or records.text_of(record))
-            stored += len(str(record).encode())
-            if len(texts) == sample:
-                break
-        if path.suffix == ".parquet":
-            documents += pq.ParquetFile(path).metadata.num_rows
-        else:
-            size = path.stat().st_size * (SHRUNK if path.suffix in (".gz", ".bz2", ".zst") else 1)
-            documents += size / max(1.0, stored / max(1, len(texts)))
-        tokens = [math.ceil(len(t) / (CHARACTERS_PER_TOKEN if isinstance(t, str) else 1)) for t in texts]
-        counts += sum(math.ceil(n / window) for n in tokens)
-        lengths += sum(tokens)
-        read += len(texts)
-    scale = documents / max(1, read)
-    return round(counts * scale), round(lengths * scale)
 
 
 def fit_steps(config: Config, planned: _Planned, speed: Rates) -> list[Step]:
@@ -292,7 +240,7 @@ def fit_steps(config: Config, planned: _Planned, speed: Rates) -> list[Step]:
         "eigenbases",
         size.name,
         work.eigenbases(),
-        work.eigenbases() / speed.eigenbases,
+        speed.diagonalising(work.eigenbasis_widths),
         size.parts,
         memory["eigenbases"],
     )

@@ -1,9 +1,10 @@
-"""Seconds of the passes, measured on this machine with a model of one and of two layers.
+"""Seconds of the passes, measured on this machine with models of few layers.
 
-A pass takes time for each call and each layer, and for each sequence and each layer; so four runs of it, of one and
-two layers with one sequence and with a batch, say what it takes of all layers and any number of sequences. The models
-have the stage's widths and random weights, the passes are the fit's, the sketcher's and the scorer's own, writing
-included.
+A pass takes time for each call and each layer, and for each sequence and each layer; so runs of one layer and of
+several, with one sequence and with a batch, say what it takes of all layers and any number of sequences. Layers are
+timed in models of a small vocabulary: a large one takes as long as many layers, and its noise would be taken for that
+of each of them. One layer of the whole vocabulary is timed beside them. The models have the stage's widths and random
+weights, the passes are the fit's, the sketcher's and the scorer's own, writing included.
 """
 
 from __future__ import annotations
@@ -34,12 +35,20 @@ from msif_core.curvature.filters import Damped
 from msif_core.curvature.steps import Fit, bases_file, eigenvalues_file, input_file
 from msif_core.sketch import Sketcher
 
-LONGEST = 30.0
-"""Seconds that a probe may take; what would take longer is counted in operations."""
+BUDGET = 30.0
+"""Seconds that all probes of a plan may take; what would take longer is counted in operations."""
 SHARE_OF_MEMORY = 0.2
 """Of the machine's memory that a probe may take."""
+PASSES = 4
+"""That are timed."""
 ROUNDS = 3
 """Rounds of all runs after one to warm up, so that a machine that slows down does so for all of them."""
+LAYERS = 3
+"""Layers of the deeper model: with two, one layer's time would be one difference, and so twice as noisy."""
+SMALL_VOCABULARY = 1024
+"""Entries of the vocabulary of models that layers are timed in."""
+SHARE_OF_BUDGET = 0.1
+"""Of the seconds at hand, what one round is planned to take by its operations: the passes are some times slower."""
 
 Passes = dict[str, Callable[[int], object]]
 """The passes over some sequences, each a function of the round."""
@@ -47,20 +56,50 @@ Passes = dict[str, Callable[[int], object]]
 
 @dataclass(frozen=True)
 class PassTime:
-    """Seconds of a pass of the whole model: for each call, and for each sequence."""
+    """Seconds of a pass: for each call, and for each sequence."""
 
     call: float
     sequence: float
+
+    @classmethod
+    def of(cls, one: float, batch: float, count: int) -> PassTime:
+        """From the seconds of one sequence and of `count` together."""
+        each = max(0.0, batch - one) / (count - 1)
+        return cls(max(0.0, one - each), each)
 
     def seconds(self, calls: int, sequences: float) -> float:
         """Of so many calls over so many sequences together."""
         return calls * self.call + sequences * self.sequence
 
+    def deeper(self, few: PassTime, many: PassTime, layers: float) -> PassTime:
+        """With so many times what `many` takes longer than `few`."""
+        more = (max(0.0, getattr(many, key) - getattr(few, key)) for key in ("call", "sequence"))
+        return PassTime(*(own + layers * each for own, each in zip((self.call, self.sequence), more, strict=True)))
 
-def affordable(operations: float, entries: int, rate: float) -> bool:
-    """Whether probing layers with `operations` a batch and `entries` of statistics is quick and small enough."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 20 * operations / rate < LONGEST and 16 * entries < SHARE_OF_MEMORY * memory
+
+@dataclass(frozen=True)
+class Size:
+    """Operations of one sequence in a probe's passes: of a layer, of all that is not in layers; a layer's statistics.
+
+    `most` is how many sequences a batch has.
+    """
+
+    layer: float
+    rest: float
+    entries: int
+    most: int
+
+    def counts(self, seconds: float, rate: float) -> tuple[int, int] | None:
+        """Sequences in a batch of the layers and of one layer with its whole vocabulary, for a round within `seconds`.
+
+        None where two of each take longer, or the statistics are too large.
+        """
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        operations = SHARE_OF_BUDGET * seconds * rate / 2
+        layers, whole = (int(operations / each) for each in ((1 + LAYERS) * self.layer, self.layer + self.rest))
+        if min(layers, whole) < 3 or 16 * self.entries > SHARE_OF_MEMORY * memory:
+            return None
+        return tuple(max(2, min(self.most, count - 1)) for count in (layers, whole))
 
 
 def uniform(maps: list[tracking.TrackedMap], layers: int) -> bool:
@@ -73,40 +112,51 @@ def uniform(maps: list[tracking.TrackedMap], layers: int) -> bool:
 
 
 def measure(
-    config: Config, stage: Stage, model: Any, tokens: int, device: str, share: float = 1.0
+    config: Config,
+    stage: Stage,
+    model: Any,
+    tokens: int,
+    device: str,
+    counts: tuple[int, int],
+    share: float = 1.0,
+    seconds: float = BUDGET,
 ) -> dict[str, PassTime]:
     """Time of covariances, eigenvalues, sketches and scores of one query, for all layers of the meta `model`.
 
-    Sketches keep that share of the eigendirections.
+    `counts` are of `Size`. Sketches keep that share of the eigendirections. Takes about `seconds` at most.
     """
-    many = max(2, config.compute.batch_tokens // tokens)
+    layers, whole = counts
+    cases = {(1, True): whole, (1, False): layers, (LAYERS, False): layers}
+    ended = time.perf_counter() + seconds
     with ExitStack() as folders:
         runs: dict[Path, Passes] = {}
-        of: dict[tuple[int, int], Path] = {}
-        for layers in (1, 2):
-            small = _shallow(model, layers).to(device, getattr(torch, config.compute.dtype))
-            for count in (1, many):
-                of[layers, count] = folder = Path(folders.enter_context(TemporaryDirectory()))
+        of: dict[tuple[int, bool], tuple[Path, Path]] = {}
+        for (depth, full), batch in cases.items():
+            small = _shallow(model, depth, full).to(device, getattr(torch, config.compute.dtype))
+            one, many = of[depth, full] = tuple(Path(folders.enter_context(TemporaryDirectory())) for _ in range(2))
+            for folder, count in ((one, 1), (many, batch)):
                 runs[folder] = _passes(config, stage, small, _data(small, stage, count, tokens), folder, share)
-        names = list(runs[of[1, 1]])
-        found = {name: _median_seconds({f: own[name] for f, own in runs.items()}, device) for name in names}
-    depth = int(tracking.text_config(model).num_hidden_layers)
-    result = {}
-    for name, medians in found.items():
-        took = {key: medians[folder] for key, folder in of.items()}
-        few, batch = (took[1, count] + (depth - 1) * max(0.0, took[2, count] - took[1, count]) for count in (1, many))
-        each = max(0.0, batch - few) / (many - 1)
-        result[name] = PassTime(max(0.0, few - each), each)
+        names = list(next(iter(runs.values())))
+        more = (int(tracking.text_config(model).num_hidden_layers) - 1) / (LAYERS - 1)
+        result = {}
+        for left, name in zip(range(len(names), 0, -1), names, strict=True):
+            until = time.perf_counter() + (ended - time.perf_counter()) / left
+            took = _median_seconds({folder: own[name] for folder, own in runs.items()}, device, until)
+            found = {case: PassTime.of(took[one], took[many], cases[case]) for case, (one, many) in of.items()}
+            result[name] = found[1, True].deeper(found[1, False], found[LAYERS, False], more)
     return result
 
 
-def _shallow(model: Any, layers: int) -> nn.Module:
-    """The same architecture with that many layers, weights random."""
+def _shallow(model: Any, layers: int, whole: bool) -> nn.Module:
+    """The same architecture with that many layers and its vocabulary, or a small one; weights random."""
     settings = copy.deepcopy(model.config)
     of_text = settings.get_text_config(decoder=True)
     of_text.num_hidden_layers = layers
     if getattr(of_text, "layer_types", None):
-        of_text.layer_types = of_text.layer_types[:layers]
+        of_text.layer_types = (layers * of_text.layer_types)[:layers]
+    if not whole and of_text.vocab_size > SMALL_VOCABULARY:
+        of_text.vocab_size = SMALL_VOCABULARY
+        settings.pad_token_id = of_text.pad_token_id = 0
     return models.freeze(type(model)(settings))
 
 
@@ -166,10 +216,14 @@ def _random_factors(folder: Path, maps: list[tracking.TrackedMap], device: str) 
     return Factors(folder, {"maps": files, "unreached": [], "mean_targets": 1.0, "sequences": 1}, device, None)
 
 
-def _median_seconds(runs: dict[Path, Callable[[int], object]], device: str) -> dict[Path, float]:
-    """Of each run, in rounds of all of them; what a round leaves in the run's folder is removed."""
+def _median_seconds(runs: dict[Path, Callable[[int], object]], device: str, until: float) -> dict[Path, float]:
+    """Of each run, in rounds of all of them until that time; what a round leaves in the run's folder is removed.
+
+    The first round warms up, and counts where there is time for no other.
+    """
     times: dict[Path, list[float]] = {folder: [] for folder in runs}
     for turn in range(1 + ROUNDS):
+        began = time.perf_counter()
         for folder, run in runs.items():
             started = time.perf_counter()
             run(turn)
@@ -177,4 +231,6 @@ def _median_seconds(runs: dict[Path, Callable[[int], object]], device: str) -> d
                 torch.cuda.synchronize()
             times[folder].append(time.perf_counter() - started)
             shutil.rmtree(folder / str(turn), ignore_errors=True)
-    return {folder: statistics.median(took[1:]) for folder, took in times.items()}
+        if 2 * time.perf_counter() - began > until:  # another round would end after it
+            break
+    return {folder: statistics.median(took[1:] or took) for folder, took in times.items()}

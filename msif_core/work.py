@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,6 +68,10 @@ class Work:
         """Forward and activation backward of all linear maps: 4 N T."""
         return 4.0 * sum(self.weights.values()) * self.tokens
 
+    def outside(self) -> float:
+        """Of that, what maps outside the layers take: the head."""
+        return 4.0 * sum(n for name, n in self.weights.items() if not re.search(r"\.\d+\.", name)) * self.tokens
+
     def passes(self, groups: Iterable[list[TrackedMap]]) -> float:
         """A pass for each group of maps: the whole forward, and the backward down to the first of the group.
 
@@ -102,9 +108,17 @@ class Work:
         )
         return 2.0 * share * whole
 
+    @property
+    def eigenbasis_widths(self) -> dict[int, int]:
+        """Width of every A and S, and how many there are of it."""
+        found = Counter(self.inputs)
+        for m in self.maps:
+            found[m.pieces[1]] += m.pieces[0]
+        return dict(found)
+
     def eigenbases(self) -> float:
         """Of every A and S."""
-        return EIGH_FLOPS * (sum(d**3 for d in self.inputs) + sum(m.s_entries * m.pieces[1] for m in self.maps))
+        return EIGH_FLOPS * sum(count * width**3 for width, count in self.eigenbasis_widths.items())
 
     def unrotation(self) -> float:
         """One gradient out of the eigenbasis."""

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import transformers
+from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
+from flows.show_plan import print_plan
 from msif_core import devices, plan, probe
 from msif_core.batching import batches
 from msif_core.capture import capture
 from msif_core.config import Config, CurvatureSettings
+from msif_core.corpus_size import CorpusSize, window_lengths
 from msif_core.curvature.fit import partitions
 from msif_core.errors import InputError
 from msif_core.losses import target_loss
 from msif_core.models import freeze
+from msif_core.pipeline import Pipeline
 from msif_core.tracking import tracked_maps
 from msif_core.work import Work
 from tests.conftest import CONFIGS, VOCAB, make_model, make_sequences
+from tests.smollm2 import make_folder, smollm2_tokenizer
 
 
 def config_of(tmp_path: Path, model: str, **changes: object) -> Config:
@@ -87,6 +94,33 @@ def test_files_are_estimated_from_their_first_records(tmp_path: Path) -> None:
     assert stage.tokens == pytest.approx(20_000, rel=0.05)
     assert stage.shards == 8, "of sequences, two a document"
     assert stage.assumed == "estimated from the size of its files"
+
+
+def test_texts_are_counted_in_the_tokens_of_the_stages_own_tokenizer(tmp_path: Path) -> None:
+    make_folder(tmp_path / "model", smollm2_tokenizer())
+    text = "In 2023: 1,234,567 (est.), 98.76% of it in 1999"
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"id": str(i), "text": text}) + "\n" for i in range(900)))
+    config = config_of(tmp_path, str(tmp_path / "model"), corpus={"max_length": 8})
+    estimated = plan.make_plan(config, "h100").stages[0]
+    pipeline = Pipeline(config)
+    pipeline.tokenize("pretrain")
+    counted = plan.make_plan(config, "h100").stages[0]
+    assert counted.assumed == ""
+    assert estimated.tokens == pytest.approx(counted.tokens, rel=0.05)
+    assert estimated.sequences == pytest.approx(counted.sequences, rel=0.05)
+
+
+def test_padding_is_counted_as_batches_have_it() -> None:
+    lengths = np.random.default_rng(0).integers(10, 130, 200)
+    size = CorpusSize(200, int(lengths.sum()), 1, lengths)
+    sequences = make_sequences(200, lengths=(10, 11)).take(np.zeros(200, dtype=np.int64))
+    ids = [np.ones(n, dtype=np.int32) for n in lengths]
+    real = replace(sequences, input_ids=ids, labels=ids)
+    for budget in (512, 4096, 100_000):
+        padded = sum(batch.input_ids.numel() for batch in batches(real, budget))
+        assert size.padded(200, budget) == pytest.approx(padded / 200, rel=0.02)
+    assert size.padded(20, 100_000) == lengths.max()
+    assert window_lengths(np.array([25, 10, 3]), 10).tolist() == [10, 10, 10, 5, 3]
 
 
 def test_compressed_files_hold_more_than_their_size(tmp_path: Path) -> None:
@@ -156,7 +190,7 @@ def test_what_cannot_be_planned_is_named(tmp_path: Path) -> None:
 
 def test_tf32_speeds_up_statistics_but_no_filter(tmp_path: Path) -> None:
     whole, quick = (
-        devices.rates(config_of(tmp_path, "EleutherAI/pythia-2.8b", compute={"tf32": tf32}), "h100", 1024)
+        devices.rates(config_of(tmp_path, "EleutherAI/pythia-2.8b", compute={"tf32": tf32}), "h100", {1024: 1})
         for tf32 in (False, True)
     )
     assert quick.seconds(0, products=1e15, outer=1e15) < whole.seconds(0, products=1e15, outer=1e15) / 7
@@ -195,26 +229,105 @@ def test_memory_follows_the_budget_and_the_batch(tmp_path: Path) -> None:
     assert swept["one query"] < 11.2e9 + 8e9 + 26e9
 
 
-def test_two_layers_and_two_batches_give_the_time_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passes of 1 + 2 layers + sequences (3 + 4 layers) seconds, exactly."""
+@pytest.mark.parametrize("vocabulary", [1_000, 50_000])
+def test_few_layers_and_two_batches_give_the_time_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocabulary: int
+) -> None:
+    """Passes of 1 + 2 layers + sequences (3 + 4 layers + vocabulary / 100) seconds, exactly."""
 
     clock = [0.0]
 
     def passes(_config: object, _stage: object, model: Any, sequences: Any, *_: object) -> probe.Passes:
-        layers = len(model.gpt_neox.layers)
-        took = 1 + 2 * layers + len(sequences) * (3 + 4 * layers)
+        layers, entries = len(model.gpt_neox.layers), model.config.vocab_size
+        took = 1 + 2 * layers + len(sequences) * (3 + 4 * layers + entries / 100)
         return {"covariances": lambda _: clock.append(clock[-1] + took)}
 
     monkeypatch.setattr(probe, "_passes", passes)
     monkeypatch.setattr(probe.time, "perf_counter", lambda: clock[-1])
     settings = CONFIGS["gpt_neox"]()
-    settings.num_hidden_layers = 6
+    settings.num_hidden_layers, settings.vocab_size = 6, vocabulary
     model = transformers.AutoModelForCausalLM.from_config(settings)
     config = config_of(tmp_path, "unused")
-    found = probe.measure(config, config.stages[0], model, 8, "cpu")["covariances"]
+    found = probe.measure(config, config.stages[0], model, 8, "cpu", (7, 3), seconds=1e6)["covariances"]
     assert found.call == pytest.approx(1 + 2 * 6)
-    assert found.sequence == pytest.approx(3 + 4 * 6)
-    assert found.seconds(2, 10) == pytest.approx(2 * 13 + 10 * 27)
+    assert found.sequence == pytest.approx(3 + 4 * 6 + vocabulary / 100)
+    assert found.seconds(2, 10) == pytest.approx(2 * 13 + 10 * (27 + vocabulary / 100))
+
+
+def smollm2(folder: Path, **changes: int) -> str:
+    """The configuration of SmolLM2-135M, without weights."""
+    settings = transformers.LlamaConfig(
+        **{"vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+           "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+           "architectures": ["LlamaForCausalLM"]} | changes,
+    )  # fmt: skip
+    settings.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("slower", "rounds"), [(1, 4), (8, 2), (20, 1)])
+def test_probes_end_within_their_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slower: float, rounds: int
+) -> None:
+    """Of a model that is real in size, on a machine whose passes take that many times what is counted."""
+    clock, turns = [0.0], set[int]()
+
+    def passes(_config: object, _stage: object, model: Any, sequences: Any, *_: object) -> probe.Passes:
+        work = Work(model, tracked_maps(model, CurvatureSettings()), len(sequences.input_ids[0]))
+        operations = len(sequences) * (work.passes([work.maps]) + work.covariance())
+
+        def run(turn: int) -> None:
+            clock.append(clock[-1] + slower * operations / 1e11)
+            turns.add(turn)
+
+        return dict.fromkeys(("covariances", "eigenvalues", "sketches", "scores"), run)
+
+    known = devices.Rates("cpu", 1e11, 1e11, 1e11, {1536: 1.0})
+    monkeypatch.setattr(plan, "rates", lambda *_: known)
+    monkeypatch.setattr(probe, "_passes", passes)
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: clock[-1])
+    config = config_of(tmp_path, smollm2(tmp_path / "model"), corpus={"max_length": 128})
+    found = plan.make_plan(config, sequences={"pretrain": 1_000})
+    assert found.stages[0].counted == ""
+    assert len(turns) == rounds
+    assert clock[-1] < (probe.BUDGET if rounds > 1 else 2 * probe.BUDGET)
+    assert {step.name for step in found.steps if not step.measured} == {"eigenbases", "search"}
+
+
+def test_what_is_too_large_or_unlike_to_try_is_counted_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = devices.Rates("cpu", 1e11, 1e11, 1e11, {1536: 1.0})
+    monkeypatch.setattr(plan, "rates", lambda *_: known)
+    found = plan.make_plan(config_of(tmp_path, "EleutherAI/pythia-6.9b"), sequences={"pretrain": 1_000})
+    assert found.stages[0].counted == plan.TOO_LARGE
+    assert not any(step.measured for step in found.steps)
+    settings = transformers.Qwen2MoeConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_experts=4, moe_intermediate_size=8, shared_expert_intermediate_size=8,
+        mlp_only_layers=[0], architectures=["Qwen2MoeForCausalLM"],
+    )  # fmt: skip
+    settings.save_pretrained(tmp_path / "mixture")
+    found = plan.make_plan(config_of(tmp_path, str(tmp_path / "mixture")), sequences={"pretrain": 1_000})
+    assert found.stages[0].counted == plan.UNLIKE
+    console = Console(record=True, width=200)
+    print_plan(found, console)
+    assert "Stage pretrain: times of its passes are counted operations, as its layers are not alike." in (
+        console.export_text()
+    )
+
+
+def test_eigendecompositions_take_what_their_own_widths_take() -> None:
+    speed = devices.Rates("cpu", 1, 1, 1, {192: 0.01, 576: 0.1, 1536: 1.0})
+    assert speed.diagonalising({192: 60, 576: 180, 1536: 90}) == pytest.approx(0.6 + 18 + 90)
+    assert speed.diagonalising({96: 8, 768: 8, 3072: 1}) == pytest.approx(0.01 + 1.0 + 8.0), "as the cube of the next"
+
+
+def test_the_widths_that_take_the_most_are_measured(tmp_path: Path) -> None:
+    config = config_of(tmp_path, smollm2(tmp_path / "model"))
+    found = devices.rates(config, "measure", {8: 1, 16: 100, 24: 10, 40: 5})
+    assert set(found.eigenbases) == {16, 24, 40}
+    assert all(seconds > 0 for seconds in found.eigenbases.values())
 
 
 def test_a_small_model_is_timed_here(tmp_path: Path) -> None:
