@@ -11,7 +11,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     stages = Table("", *(stage.name for stage in plan.stages))
     lines = {
         "parameters": [_count(s.parameters) for s in plan.stages],
-        "tracked": [f"{_count(s.tracked)} in {s.maps} maps ({s.tracked / s.parameters:.0%})" for s in plan.stages],
+        "tracked": [f"{_count(s.tracked)} in {s.maps} maps ({s.tracked / s.parameters:.0%} of all)" for s in plan.stages],
         "window": [_window(s) for s in plan.stages],
         "sequences": [f"{s.sequences:,}" for s in plan.stages],
         "tokens": [_count(s.tokens) for s in plan.stages],
@@ -35,7 +35,9 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print("Tasks are divided over the devices; a query and publishing are one process.")
     console.print("Memory is the device's; of a CPU, the process's resident size. The search is one thread's.")
     console.print(f"Index: {plan.index_kind}, {_bytes(plan.index_bytes)}.")
-    console.print(f"Recall: {plan.recall_sweeps} sweeps of its sample, for the queries' gradients to fit the budget.")
+    if plan.recall_sweeps:
+        times = "once" if plan.recall_sweeps == 1 else f"{plan.recall_sweeps} times"
+        console.print(f"Measuring recall passes {times} over its sample, so that gradients fit the memory budget.")
     for stage in plan.stages:
         console.print(f"Stage {stage.name}: {stage.coverage}.")
         if stage.counted:
