@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -86,7 +88,7 @@ def _measure(device: str, dtype: torch.dtype) -> float:
     """Best rate of a square matrix product."""
     n = 4096 if device.startswith("cuda") else 768
     x = torch.randn(n, n).to(device, dtype)
-    return 2.0 * n**3 / _best(lambda: (x @ x)[0, 0].item())
+    return 2.0 * n**3 / min(_times(lambda: (x @ x)[0, 0].item(), 5))
 
 
 def _measure_eigenbases(device: str, widths: Mapping[int, int]) -> dict[int, float]:
@@ -100,16 +102,20 @@ def _measure_eigenbases(device: str, widths: Mapping[int, int]) -> dict[int, flo
         costs[min(width, most)] += count * width**3
     found = {}
     for n, _ in costs.most_common(WIDTHS_TRIED):
-        x = torch.randn(n, n, dtype=torch.float64).to(device)
-        x += x.mT.clone()
-        found[n] = _best(lambda x=x: torch.linalg.eigh(x).eigenvalues[0].item(), 3)
+        found[n] = statistics.median(_times(partial(_diagonalise, n, device), 3))
     return found
 
 
-def _best(run: Callable[[], object], repeats: int = 5) -> float:
+def _diagonalise(n: int, device: str) -> None:
+    x = torch.randn(n, n, dtype=torch.float64).to(device)
+    torch.linalg.eigh(x + x.mT).eigenvalues[0].item()
+
+
+def _times(run: Callable[[], object], repeats: int) -> list[float]:
+    """Seconds of each call but the first, in which the libraries load."""
     times = []
-    for _ in range(repeats):
+    for _ in range(1 + repeats):
         started = time.perf_counter()
         run()
         times.append(time.perf_counter() - started)
-    return min(times)
+    return times[1:]

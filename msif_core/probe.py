@@ -47,7 +47,7 @@ LAYERS = 3
 """Layers of the deeper model: with two, one layer's time would be one difference, and so twice as noisy."""
 SMALL_VOCABULARY = 1024
 """Entries of the vocabulary of models that layers are timed in."""
-SHARE_OF_BUDGET = 0.1
+SHARE_OF_BUDGET = 0.2
 """Of the seconds at hand, what one round is planned to take by its operations: the passes are some times slower."""
 
 Passes = dict[str, Callable[[int], object]]
@@ -99,7 +99,7 @@ class Size:
         layers, whole = (int(operations / each) for each in ((1 + LAYERS) * self.layer, self.layer + self.rest))
         if min(layers, whole) < 3 or 16 * self.entries > SHARE_OF_MEMORY * memory:
             return None
-        return tuple(max(2, min(self.most, count - 1)) for count in (layers, whole))
+        return max(2, min(self.most, layers - 1)), max(2, min(self.most, whole - 1))
 
 
 def uniform(maps: list[tracking.TrackedMap], layers: int) -> bool:
@@ -133,7 +133,8 @@ def measure(
         of: dict[tuple[int, bool], tuple[Path, Path]] = {}
         for (depth, full), batch in cases.items():
             small = _shallow(model, depth, full).to(device, getattr(torch, config.compute.dtype))
-            one, many = of[depth, full] = tuple(Path(folders.enter_context(TemporaryDirectory())) for _ in range(2))
+            one, many = (Path(folders.enter_context(TemporaryDirectory())) for _ in range(2))
+            of[depth, full] = one, many
             for folder, count in ((one, 1), (many, batch)):
                 runs[folder] = _passes(config, stage, small, _data(small, stage, count, tokens), folder, share)
         names = list(next(iter(runs.values())))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -243,7 +244,7 @@ def test_few_layers_and_two_batches_give_the_time_of_all(
         return {"covariances": lambda _: clock.append(clock[-1] + took)}
 
     monkeypatch.setattr(probe, "_passes", passes)
-    monkeypatch.setattr(probe.time, "perf_counter", lambda: clock[-1])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[-1])
     settings = CONFIGS["gpt_neox"]()
     settings.num_hidden_layers, settings.vocab_size = 6, vocabulary
     model = transformers.AutoModelForCausalLM.from_config(settings)
@@ -265,7 +266,7 @@ def smollm2(folder: Path, **changes: int) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize(("slower", "rounds"), [(1, 4), (8, 2), (20, 1)])
+@pytest.mark.parametrize(("slower", "rounds"), [(1, 4), (8, 1)])
 def test_probes_end_within_their_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slower: float, rounds: int
 ) -> None:
@@ -285,7 +286,7 @@ def test_probes_end_within_their_budget(
     known = devices.Rates("cpu", 1e11, 1e11, 1e11, {1536: 1.0})
     monkeypatch.setattr(plan, "rates", lambda *_: known)
     monkeypatch.setattr(probe, "_passes", passes)
-    monkeypatch.setattr(probe.time, "perf_counter", lambda: clock[-1])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[-1])
     config = config_of(tmp_path, smollm2(tmp_path / "model"), corpus={"max_length": 128})
     found = plan.make_plan(config, sequences={"pretrain": 1_000})
     assert found.stages[0].counted == ""
