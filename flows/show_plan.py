@@ -11,7 +11,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     stages = Table("", *(stage.name for stage in plan.stages))
     lines = {
         "parameters": [_count(s.parameters) for s in plan.stages],
-        "tracked": [f"{_count(s.tracked)} in {s.maps} maps ({s.tracked / s.parameters:.0%} of all)" for s in plan.stages],
+        "tracked": [_tracked(s) for s in plan.stages],
         "window": [_window(s) for s in plan.stages],
         "sequences": [f"{s.sequences:,}" for s in plan.stages],
         "tokens": [_count(s.tokens) for s in plan.stages],
@@ -54,6 +54,10 @@ def _window(stage: StagePlan) -> str:
 
 def _headings(devices: int) -> list[str]:
     return ["time"] if devices == 1 else ["on one", f"on {devices}"]
+
+
+def _tracked(stage: StagePlan) -> str:
+    return f"{_count(stage.tracked)} in {stage.maps} maps ({stage.tracked / stage.parameters:.0%} of all)"
 
 
 def _origin(plan: Plan) -> str:
