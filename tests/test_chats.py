@@ -135,6 +135,20 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_by_name() -> None:
         encode([ASK, ANSWER, MORE, LAST], tokenizer)
 
 
+def test_what_is_written_already_is_not_written_again(chatml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last turn ends where the whole text does."""
+    calls: list[int] = []
+    render = chats.render_jinja_template
+
+    def counted(found: list[Any], **options: Any) -> Any:
+        calls.append(len(found[0]))
+        return render(found, **options)
+
+    monkeypatch.setattr(chats, "render_jinja_template", counted)
+    encode([ASK, ANSWER, MORE, LAST], chatml)
+    assert calls == [4, 1, 2, 3]
+
+
 def test_a_prompt_that_no_turn_begins_with_is_refused_by_name() -> None:
     """As of templates whose prompt opens the model's thoughts, which its earlier turns do not show."""
     tokenizer = with_template(qwen2(), CHATML.replace("assistant\n' }}", "assistant\n<think>' }}"))

@@ -140,6 +140,18 @@ def test_tokens_are_shown_before_anything_is_built(config: Path, tokenizer: Any)
     assert "\x1b" not in asked.output
 
 
+def test_a_stage_and_queries_are_shown_together(config: Path) -> None:
+    queries = str(config.parent / "queries.jsonl")
+    shown = CliRunner().invoke(app, ["tokens", str(config), "--stage", "s", "--queries", queries, "--count", "1"])
+    heads = [line for line in shown.output.splitlines() if line.startswith(("Stage", "Queries", "document", "prompt"))]
+    assert [head.split(":")[0] for head in heads] == [
+        "Stage s, windows of 2,048 tokens at most", "document chat",
+        "Queries of stage s, 8,192 tokens at most", "prompt answered",
+    ], shown.output  # fmt: skip
+    found = Pipeline(Config.load(config)).tokens("s", queries=QUERIES, count=1)
+    assert [seen.kind for seen in found] == ["document", "prompt"]
+
+
 def test_tokens_from_python(config: Path) -> None:
     pipeline = Pipeline(Config.load(config))
     (chat,) = pipeline.tokens("s", count=1)

@@ -13,6 +13,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GemmaTokenizer, PreTrainedTokenizerFast, dynamic_module_utils
 
+from flows.plain_console import PlainConsole
+from flows.show_tokens import print_tokens
 from msif_core import corpus
 from msif_core.config import Config
 from msif_core.errors import InputError
@@ -94,6 +96,14 @@ def test_the_tokens_of_a_classification_are_shown_with_its_label(roberta: Path) 
     save_tokenizer(roberta, model_max_length=10)
     (seen,) = pipeline(roberta).tokens("s")
     assert (seen.label, len(seen.tokens), any(token.target for token in seen.tokens)) == (0, 10, False)
+
+
+def test_the_space_before_a_text_is_shown_as_sentencepiece_writes_it(tmp_path: Path) -> None:
+    found = language_model(tmp_path, "llama", [{"id": "a", "text": "🙂x"}], corpus={"start": "never"})
+    saved("llama", tmp_path)
+    with (console := PlainConsole(width=80)).capture() as printed:
+        print_tokens(found.tokens("s"), console)
+    assert printed.get().splitlines()[1:] == ["       │▁│", "loss ▶ │🙂│…│…│…│x│</s>│", ""]
 
 
 # -- a folder without its tokenizer -------------------------------------------------------------------
