@@ -165,7 +165,15 @@ def needs(*called: str | Path) -> None:
         pytest.skip("needs the right to mount in a namespace of its own")
 
 
-@pytest.mark.parametrize("command", [["run"], ["attribute", "--queries", "q.jsonl"], ["report", "run"], ["serve"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["run"],
+        ["report", "run"],
+        pytest.param(["attribute", "--queries", "q.jsonl"], marks=pytest.mark.drill),
+        pytest.param(["serve"], marks=pytest.mark.drill),
+    ],
+)
 def test_a_workspace_that_cannot_be_written_to_is_one_sentence(tmp_path: Path, command: list[str]) -> None:
     from tests.test_cli import config
 
