@@ -185,6 +185,7 @@ def test_what_cannot_be_planned_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(InputError, match=r"\*.jsonl: no document in it"):
         plan.make_plan(config_of(tmp_path, "bigscience/bloom-560m"), "h100")
+    (tmp_path / "nothing").mkdir()
     with pytest.raises(InputError, match="nothing: no configuration of a model can be read here"):
         plan.make_plan(config_of(tmp_path, str(tmp_path / "nothing")), "h100")
 
