@@ -229,7 +229,7 @@ class RetrievalSettings(Settings):
 
     def taken(self, sequences: int) -> int:
         """Candidates that each source brings for a query, of so many sequences."""
-        return int(min(max(self.rerank_fraction * sequences, self.rerank_min), self.rerank_max))
+        return min(max(round(self.rerank_fraction * sequences), self.rerank_min), self.rerank_max)
 
 
 class CompletionSettings(Settings):
