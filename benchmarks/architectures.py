@@ -29,7 +29,7 @@ from msif_core.coverage import UNREACHED, Coverage, coverage_of
 from msif_core.tracking import tracked_maps
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
-"""Of a gradient relative to the map's largest entry; in float64 too, many classes compute a part in float32."""
+"""A gradient may differ by so much, relative to its map's largest entry: many classes compute a part in float32."""
 
 NAMED = 0.005
 """Share of the parameters from which on what is not tracked is named."""

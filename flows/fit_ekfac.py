@@ -5,7 +5,6 @@ from prefect import flow, get_run_logger
 from flows.parameters import Configuration
 from flows.runners import share
 from msif_core.config import Config
-from msif_core.coverage import coverage_of
 from msif_core.pipeline import Pipeline
 from tasks import curvature
 
@@ -22,11 +21,12 @@ def fit_ekfac(config: Configuration) -> None:
 def fit_stage(config: Config, stage: str) -> None:
     """Each step over the parts of the sample, then the factors."""
     pipeline = Pipeline(config)
-    get_run_logger().info(f"stage {stage}: {coverage_of(pipeline.structure(stage), pipeline.maps(stage)).told()}")
+    coverage = pipeline.coverage(stage)
+    get_run_logger().info(f"stage {stage}: {coverage.told()}")
     parts = range(len(pipeline.fit_parts(stage)))
     share(config, f"covariance of {stage}", curvature.covariance_part, stage, parts=parts)
     share(config, f"eigenbases of {stage}", curvature.eigenbasis_part, stage, parts=parts)
     share(config, f"eigenvalues of {stage}", curvature.eigenvalue_part, stage, parts=parts)
     curvature.combine_eigenvalues(config, stage)
-    for remark in pipeline.remarks(stage):
+    for remark in pipeline.remarks(stage, coverage):
         get_run_logger().warning(remark)

@@ -11,7 +11,7 @@ from flows.plain_console import PlainConsole
 from msif_core import storage
 from msif_core.attribution import Attribution
 from msif_core.config import Config
-from msif_core.coverage import LOW, coverage_of
+from msif_core.coverage import LOW
 from msif_core.generations import withheld
 from msif_core.pipeline import Pipeline
 from msif_core.report import retrieval
@@ -42,10 +42,10 @@ def print_coverage(config: Config, console: PlainConsole) -> None:
     """What is tracked of each stage's model, and what a user should know of it."""
     pipeline = Pipeline(config)
     for stage in (stage.name for stage in config.stages):
-        coverage = coverage_of(pipeline.structure(stage), pipeline.maps(stage))
+        coverage = pipeline.coverage(stage)
         if coverage.share >= LOW:
             console.print(f"Stage {stage}: {coverage.told()}.")
-        for remark in pipeline.remarks(stage):
+        for remark in pipeline.remarks(stage, coverage):
             console.print(f"Warning: {remark}.", style="yellow")
 
 

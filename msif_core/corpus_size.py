@@ -22,7 +22,7 @@ from msif_core.tokenizers import load_tokenizer
 from msif_core.workspace import Workspace
 
 CHARACTERS_PER_TOKEN, ENCODED = 4.0, 100_000
-"""Of English text, where a stage's tokenizer is not at hand; else as in so many characters of each file."""
+"""The first is assumed where a stage's tokenizer is not at hand; with it, so many characters of a file are encoded."""
 
 SHRUNK = 3.5
 """Size of records to that of their compressed file, of English text too."""

@@ -15,7 +15,7 @@ import torch
 from msif_core import corpus, models, storage, tracking
 from msif_core.batching import Sequences
 from msif_core.chain import Chain, FilteredStage
-from msif_core.coverage import LOW, coverage_of
+from msif_core.coverage import LOW, Coverage, coverage_of
 from msif_core.curvature import filters, fit
 from msif_core.curvature.factors import VERSION, Factors
 from msif_core.curvature.steps import Fit
@@ -120,7 +120,7 @@ class Fitting(Stages):
             run = self.reporting(f"{step.__name__} {stage}", partial(step, stage), parts)
             storage.free_first(range(parts), run)
         folder = self.combine_eigenvalues(stage)
-        for remark in self.remarks(stage):
+        for remark in self.remarks(stage, self.coverage(stage)):
             warnings.warn(remark, stacklevel=3)
         return folder
 
@@ -162,10 +162,13 @@ class Fitting(Stages):
             quarantine,
         )
 
-    def remarks(self, stage: str) -> list[str]:
+    def coverage(self, stage: str) -> Coverage:
+        """The share of the stage's model that is tracked."""
+        return coverage_of(self.structure(stage), self.maps(stage))
+
+    def remarks(self, stage: str, coverage: Coverage) -> list[str]:
         """What a user should know of the stage's tracked maps, a sentence each; empty where all is well."""
         maps, found = self.maps(stage), []
-        coverage = coverage_of(self.structure(stage), maps)
         if coverage.share < LOW:
             found.append(coverage.told())
         if module_calls(self.structure(stage)) is None:

@@ -42,7 +42,7 @@ RECIPES = {
     "pretrain": Training(learning_rate=1e-4, epochs=1, batch_size=16, warmup=0.1),
     "finetune": Training(learning_rate=5e-5, epochs=2, batch_size=16, warmup=0.1),
 }
-"""Of both stages, in order."""
+"""The recipe of each stage, in order."""
 
 
 @dataclass(frozen=True)
